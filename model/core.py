@@ -27,8 +27,8 @@ class Aux(NamedTuple):
     stats:  detached tensors to look at (code counts, gate means); never trained on.
     """
 
-    losses: dict[str, Tensor] = {}  # noqa: RUF012 - never mutated: merge() builds new dicts
-    stats: dict[str, Tensor] = {}  # noqa: RUF012
+    losses: dict[str, Tensor] = {}
+    stats: dict[str, Tensor] = {}
 
     def under(self, prefix: str) -> Aux:
         """The same values with `prefix/` before every name."""

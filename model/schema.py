@@ -116,13 +116,13 @@ class ShellNode:
     name: str
     body: list[Node]
     to: int
-    quant: QuantSpec = QuantSpec("int8")  # noqa: RUF009 - frozen and never mutated
+    quant: QuantSpec = QuantSpec("int8")
     width: int | None = None
     tie: bool = True
     frozen: bool = False
     residual: bool = False
     merge: int = 1
-    blend: Blend = Blend()  # noqa: RUF009
+    blend: Blend = Blend()
     mark: Mark = _mark()
 
 
@@ -272,12 +272,12 @@ class Config:
     name: str = "unnamed"
     vocab: int | None = None
     defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
-    embed: EmbedConfig = EmbedConfig()  # noqa: RUF009
+    embed: EmbedConfig = EmbedConfig()
     heads: dict[str, HeadConfig] = field(default_factory=lambda: {"next": HeadConfig()})
     init_std: float = 0.02
-    run: RunConfig = RunConfig()  # noqa: RUF009
+    run: RunConfig = RunConfig()
     optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: ScheduleConfig = ScheduleConfig()  # noqa: RUF009
-    outer: OuterConfig = OuterConfig()  # noqa: RUF009
-    grow: GrowConfig = GrowConfig()  # noqa: RUF009
+    schedule: ScheduleConfig = ScheduleConfig()
+    outer: OuterConfig = OuterConfig()
+    grow: GrowConfig = GrowConfig()
     wandb: Literal["off", "offline", "online"] = "off"
