@@ -137,10 +137,7 @@ class Docs:
         """
         keep = mask.to(torch.bool)
         B, T = keep.shape
-        changes = (
-            (keep[:, 1:] != keep[:, :-1]).sum(1) + keep[:, 0] if T else keep.new_zeros(B, dtype=torch.int64)
-        )
-        if T and bool((changes > 2).any()):
+        if T and bool(((keep[:, 1:] & ~keep[:, :-1]).sum(1) + keep[:, 0] > 1).any()):
             raise ValueError("a row's mask must be one unbroken run of tokens (left and right padding only)")
         rows = torch.arange(B, device=mask.device)[:, None].expand(B, T)
         segments = torch.where(keep, rows, -1)
@@ -166,11 +163,7 @@ class Docs:
         """Every row one document: what `ctx=None` means, spelled out."""
         seg = torch.arange(batch, device=device)[:, None].expand(batch, time)
         pos = torch.arange(time, device=device).expand(batch, time)
-        cu = (
-            torch.arange(batch + 1, device=device, dtype=torch.int32) * time
-            if time
-            else seg.new_zeros(1).int()
-        )
+        cu = torch.arange(batch + 1 if time else 1, device=device, dtype=torch.int32) * time
         return Docs(pos, seg, cu, time)
 
     @property
