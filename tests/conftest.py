@@ -7,7 +7,13 @@ import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
-    "lab", deadline=None, derandomize=True, max_examples=10, suppress_health_check=list(HealthCheck)
+    "lab",
+    deadline=None,
+    derandomize=True,
+    max_examples=10,
+    report_multiple_bugs=False,
+    database=None,
+    suppress_health_check=list(HealthCheck),
 )
 settings.load_profile("lab")
 torch.set_num_threads(1)

@@ -1,0 +1,14 @@
+"""What the laws are run on: block parameters small enough that windows, chunks and heads bite.
+
+CASES[name] is a list of cases, each a dict with any of dim, T (longer than every window and chunk) and
+params. A registered block that is missing here is judged with its defaults.
+EXEMPT[(name, law)] is the written reason why a law does not hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+CASES: dict[str, list[dict[str, Any]]] = {}
+
+EXEMPT: dict[tuple[str, str], str] = {}
