@@ -181,8 +181,8 @@ class _Builder:
         name = self.labels.get(node.use)
         if name is None:
             self.errors.append(
-                f"{node.mark}: no block was named {node.use!r} before this{did_you_mean(node.use, self.labels)};"
-                f" name one with `as: {node.use}`"
+                f"{node.mark}: no block was named {node.use!r} before this"
+                f"{did_you_mean(node.use, self.labels)}; name one with `as: {node.use}`"
             )
             return []
         if self.modules[name].dim != dim:
@@ -227,7 +227,7 @@ class _Builder:
             if shell.merge > 1 and not shell.residual:
                 self.errors.append(
                     f"{shell.mark}: merge: {shell.merge} without `residual: true`: only one position in"
-                    f" {shell.merge} would ever see its own token; the outer codes must bypass a shorter shell"
+                    f" {shell.merge} would ever see its own token; outer codes must bypass a shorter shell"
                 )
             if i == 0 and (shell.merge > 1 or shell.residual or shell.width not in (None, dim)):
                 self.errors.append(f"{shell.mark}: the outermost shell takes no merge, residual or width")
@@ -265,6 +265,7 @@ class _Builder:
     def _inside(self, onion: OnionNode, i: int, dim: int, quant: str) -> tuple[Item, ...]:
         """What stands between the halves of quantizer i: the next shell, faded in."""
         outer, shell = onion.onion[i], onion.onion[i + 1]
+        innermost = i + 2 == len(onion.onion)  # only the newest shell is faded in; the others are there
         if onion.reading == "whole":
             inner = self._shell(onion, i + 1, dim)
             bracket = Bracket(self._site(f"{outer.name}.requant"), quant, inner, turned=True)
@@ -290,7 +291,11 @@ class _Builder:
                 "fade",
                 "fade",
                 outer.to,
-                {"steps": shell.blend.steps, "hold": shell.blend.hold, "code": shell.blend.code},
+                {
+                    "steps": shell.blend.steps if innermost else 0,
+                    "hold": shell.blend.hold,
+                    "code": shell.blend.code,
+                },
                 shell.frozen,
                 shell.name,
                 shell.mark,

