@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-CASES: dict[str, list[dict[str, Any]]] = {}
+CASES: dict[str, list[dict[str, Any]]] = {
+    "attention": [{"params": {"head_dim": 16}}],
+    "swa": [{"params": {"head_dim": 16, "window": 5}}],
+}
 
 EXEMPT: dict[tuple[str, str], str] = {}
