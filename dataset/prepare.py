@@ -1,0 +1,213 @@
+"""Corpus in, dataset out: parallel, kill-safe, and byte-identical at any number of workers.
+
+OUT/.prepare holds the plan's digest and the receipts of finished tasks while the work lasts. The manifest
+is built from all receipts in task order and written last: without it, nothing opens.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dataset.files import TEMPORARY, DatasetError, digest, explain, read_json, write_bytes, write_json
+from dataset.format import SPLITS, Dataset, open_dataset, write_manifest
+from dataset.plan import Plan, Request
+from dataset.plan import plan as make_plan
+from dataset.work import WORK, all_receipts, run_task, start_worker, work
+
+COUNTED = ("documents", "tokens", "text_bytes", "errors", "empty", "dropped_by_length")
+
+
+@dataclass
+class Report:
+    """What a `prepare` call did. dataset: None when tasks are left (only with `task`)."""
+
+    dataset: Dataset | None
+    done: int
+    tasks: int
+    counts: Counter[str] = field(default_factory=Counter)
+    messages: list[str] = field(default_factory=list)
+    reused: bool = False
+
+
+def prepare(
+    request: Request,
+    out: Path,
+    workers: int = 1,
+    task: tuple[int, int] | None = None,
+    strict: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Tokenize `request.sources` into the dataset folder `out`.
+
+    workers: processes. task: (i, n) does only tasks i, i+n, ... and writes no manifest; a last call without
+    `task` does what is left and writes it. progress: called with (bytes read, bytes in all).
+    Raises DatasetError; what was finished before stays valid and is taken up by the next call.
+    """
+    the_plan = make_plan(request)
+    if (existing := _claim(the_plan, out)) is not None:
+        return Report(existing, len(the_plan.tasks), len(the_plan.tasks), reused=True)
+    left = [index for index, done in all_receipts(out, the_plan) if done is None]
+    if task is not None:
+        left = [index for index in left if index % task[1] == task[0]]
+    _run(the_plan, left, out, workers, strict, progress)
+    receipts = [found for _, found in all_receipts(out, the_plan) if found is not None]
+    report = Report(None, len(receipts), len(the_plan.tasks))
+    for one in (i for done in receipts for i in done["inputs"]):
+        report.counts.update({key: one.get(key, 0) for key in COUNTED})
+        report.messages += [f"{one['name']}:{m['line']}: {m['message']}" for m in one.get("messages", ())]
+    if task is None:
+        report.dataset = _finish(the_plan, receipts, report.counts, out)
+    return report
+
+
+def _claim(plan: Plan, out: Path) -> Dataset | None:
+    """Make `out` ours, or give the dataset that the same plan already made there.
+
+    Raises DatasetError when the folder holds anything else.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explain(error, out) from error
+    if (out / "manifest.json").exists():
+        dataset = open_dataset(out)
+        if dataset.manifest["plan"] == plan.digest:
+            return dataset
+        made = ", ".join(s["source"] for s in dataset.manifest["sources"])
+        raise DatasetError(
+            f"{out}: holds another dataset (made from {made} with {dataset.manifest['tokenizer']['name']}, "
+            f"{dataset.splits['train'].tokens:,} training tokens). Choose another --out, or delete it"
+        )
+    claim = out / WORK / "plan.json"
+    if claim.exists():
+        if read_json(claim)["plan"] != plan.digest:
+            raise DatasetError(
+                f"{out}: an unfinished preparation with other inputs or options is there. Run it again as it "
+                "was, choose another --out, or delete that folder"
+            )
+    elif any(p.name != WORK and not p.name.endswith(TEMPORARY) for p in out.iterdir()):
+        raise DatasetError(f"{out}: the folder is not empty and holds no dataset. Choose another --out")
+    else:
+        (out / "shards").mkdir(exist_ok=True)
+        write_json(claim, {"plan": plan.digest})
+    return None
+
+
+def _run(plan: Plan, left: list[int], out: Path, workers: int, strict: bool, progress: Callable) -> None:
+    total = plan.size
+    before = total - sum(plan.tasks[index].size for index in left)
+    if workers <= 1 or len(left) <= 1:
+        read = before
+
+        def seen(n: int) -> None:
+            nonlocal read
+            read += n
+            progress(read, total)
+
+        for index in left:
+            run_task(plan, plan.tasks[index], out, seen, strict)
+        return
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    pool = ProcessPoolExecutor(
+        min(workers, len(left)), context, initializer=start_worker, initargs=(plan, out, strict, counter)
+    )
+    try:
+        pending = {pool.submit(work, index) for index in left}
+        while pending:
+            finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            for future in finished:
+                future.result()
+            progress(before + counter.value, total)
+    except BrokenProcessPool:
+        raise DatasetError(
+            f"{out}: a worker process died (killed, or out of memory). Finished tasks are kept: run the same "
+            "command again, with fewer --workers if memory was short"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finish(plan: Plan, receipts: list[dict[str, Any]], counts: Counter[str], out: Path) -> Dataset:
+    """The manifest from all receipts in task order; then the working folder goes."""
+    if not counts["documents"]:
+        reason = f"{counts['errors']} could not be read, {counts['empty']} were empty"
+        raise DatasetError(f"{out}: not one document was left to write ({reason})")
+    splits = {split: _split_record([e for r in receipts for e in r["shards"][split]]) for split in SPLITS}
+    inputs = b"".join(json.dumps(i, sort_keys=True).encode() + b"\n" for r in receipts for i in r["inputs"])
+    write_bytes(out / "sources.jsonl", inputs)
+    plan.tokenizer.save(out / "tokenizer")
+    files = {p.name: digest(p.read_bytes()) for p in sorted((out / "tokenizer").glob("*.*")) if p.is_file()}
+    write_manifest(
+        out,
+        {
+            "plan": plan.digest,
+            "dtype": plan.dtype,
+            "vocab": plan.tokenizer.vocab,
+            "eos_id": plan.tokenizer.eos_id,
+            "tokenizer": plan.tokenizer.describe() | {"files": files},
+            "splits": splits,
+            "sources": list(plan.sources),
+            "inputs": {"files": sum(len(t.inputs) for t in plan.tasks), "blake3": digest(inputs)},
+            "counts": {key: counts[key] for key in COUNTED},
+            "heldout": plan.heldout,
+        },
+    )
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    return open_dataset(out)
+
+
+def _split_record(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: sum(e[key] for e in entries) for key in ("documents", "tokens", "text_bytes")} | {
+        "shards": entries
+    }
+
+
+def sample(request: Request, seconds: float = 10.0, budget: int = 64 * 2**20) -> dict[str, Any]:
+    """Measure on a part of the corpus what the whole would take (`--dry-run`). Writes nothing that stays.
+
+    Reads whole tasks spread evenly over the corpus until `budget` input bytes or `seconds` are used.
+    """
+    import tempfile
+
+    the_plan = make_plan(request)
+    count = len(the_plan.tasks)
+    order = [round(i * count / min(count, 16)) for i in range(min(count, 16))]
+    counts: Counter[str] = Counter()
+    read = 0
+    start, cpu = time.perf_counter(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "shards").mkdir()
+        for index in order:
+            task = the_plan.tasks[index]
+            done = run_task(the_plan, task, Path(folder), lambda n: None, strict=False)
+            read += task.size
+            for one in done["inputs"]:
+                counts.update({key: one.get(key, 0) for key in COUNTED})
+            if read >= budget or time.perf_counter() - start > seconds:
+                break
+    cpu_seconds = time.process_time() - cpu
+    scale = the_plan.size / max(read, 1)
+    width = 2 if the_plan.dtype == "u16" else 4
+    return {
+        "input_bytes": the_plan.size,
+        "sampled_bytes": read,
+        "tokens": round(counts["tokens"] * scale),
+        "documents": round(counts["documents"] * scale),
+        "text_bytes": round(counts["text_bytes"] * scale),
+        "errors": counts["errors"],
+        "disk_bytes": round((counts["tokens"] * width + counts["documents"] * 8) * scale),
+        "mb_per_core_second": read / 1e6 / max(cpu_seconds, 1e-9),
+        "text_mb_per_core_second": counts["text_bytes"] / 1e6 / max(cpu_seconds, 1e-9),
+        "core_hours": cpu_seconds * scale / 3600,
+    }
