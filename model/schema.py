@@ -175,7 +175,7 @@ class HeadConfig:
 
     shift: int = 1
     weight: float = 1.0
-    ffn: dict[str, Any] | None = None
+    ffn: dict[str, Any] | None = field(default=None, metadata={"block": "mlp"})
 
 
 # ----------------------------------------------------------------------------- training sections

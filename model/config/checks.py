@@ -1,0 +1,99 @@
+"""What a type cannot say: ranges, and keys that must agree. One generator a dataclass.
+
+A check gets the values by YAML key, defaults included; keys whose value could not be read are missing,
+so that the others are still checked. It yields (key, message); the key may be dotted, or a Mark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from model import schema
+
+Found = Iterator[tuple[str | schema.Mark, str]]
+Values = dict[str, Any]
+
+AT_LEAST: dict[type, dict[str, int]] = {
+    schema.Config: {"dim": 1, "vocab": 1, "init_std": 0},
+    schema.RepeatNode: {"repeat": 1},
+    schema.ShellNode: {"to": 1, "width": 1, "merge": 1},
+    schema.Blend: {"steps": 0, "hold": 0, "code": 0},
+    schema.EmbedConfig: {"project": 1},
+    schema.HeadConfig: {"shift": 0, "weight": 0},
+    schema.RunConfig: {
+        **dict.fromkeys(("steps", "tokens", "batch", "micro", "context", "eval_tokens", "log_every"), 1),
+        **dict.fromkeys(("eval_every", "save_every", "keep", "seed"), 0),
+    },
+    schema.OptimConfig: {"lr": 0, "eps": 0, "decay": 0, "clip": 0},
+    schema.ScheduleConfig: {"warmup": 0, "decay": 0, "final": 0},
+    schema.OuterConfig: {"every": 1},
+    schema.GrowConfig: {"delta": 0, "window": 1, "patience": 1, "tokens_per_param": 0, "head_lr": 0},
+}
+
+
+def check(cls: type, values: Values) -> Found:
+    """Everything that is wrong with the values of one mapping."""
+    for key, low in AT_LEAST.get(cls, {}).items():
+        if values.get(key) is not None and values[key] < low:
+            yield key, f"want at least {low}, got {values[key]}"
+    if cls in _CHECKS:
+        yield from _CHECKS[cls](values)
+
+
+def _config(v: Values) -> Found:
+    name = v.get("name", "x")
+    if not name or name.startswith(".") or any(c in '/\\:*?"<>|' or not c.isprintable() for c in name):
+        yield "name", f"want a name that can be a folder's, got {name!r}"
+    if v.get("stack") == []:
+        yield "stack", "is empty: want at least one block"
+    if v.get("heads") == {}:
+        yield "heads", "is empty: nothing would be trained; want at least one, like {next: {shift: 1}}"
+    embed = v.get("embed")
+    if embed is not None and "dim" in v and embed.project not in (None, v["dim"]):
+        yield "embed.project", f"{embed.project} is not dim: {v['dim']}; both are the width of the model"
+
+
+def _run(v: Values) -> Found:
+    if v.get("steps") is not None and v.get("tokens") is not None:
+        yield "tokens", "give steps or tokens, not both; `steps: null` drops steps"
+
+
+def _optim(v: Values) -> Found:
+    betas = v.get("betas", [0.9, 0.95])
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        yield "betas", f"want two numbers in [0, 1), got {betas}"
+
+
+def _repeat(v: Values) -> Found:
+    if v.get("of") == []:
+        yield "of", "is empty: nothing to repeat"
+
+
+def _shell(v: Values) -> Found:
+    if v.get("merge", 1) > 1 and not v.get("residual", True):
+        yield (
+            "merge",
+            f"{v['merge']} without `residual: true`: only one position in {v['merge']} would ever see its own"
+            " token; the outer codes must bypass a shorter shell",
+        )
+
+
+def _onion(v: Values) -> Found:
+    if v.get("onion") == []:
+        yield "onion", "is empty: want at least one shell"
+    seen: set[str] = set()
+    for shell in v.get("onion", []):
+        if shell.name in seen:
+            yield shell.mark, f"a second shell called {shell.name!r}; shell names are unique"
+        seen.add(shell.name)
+
+
+_CHECKS: dict[type, Callable[[Values], Found]] = {
+    schema.Config: _config,
+    schema.RunConfig: _run,
+    schema.OptimConfig: _optim,
+    schema.RepeatNode: _repeat,
+    schema.ShellNode: _shell,
+    schema.OnionNode: _onion,
+}
