@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from model.combine import Faded, Residual
 from model.core import NO_AUX, Aux, Bottleneck, Ctx, Docs, State, merge_aux
 from model.embed import Embed
+from model.flops import flops_per_token
 from model.generate import generate
 from model.heads import IGNORE, Head, shift_targets, shift_weights
 from model.ops.loss import linear_cross_entropy
@@ -270,6 +271,10 @@ class LanguageModel(nn.Module):
         for path, module in self.named_modules():
             names |= {f"{path}.{n}" for n in getattr(module, "no_decay", ()) if hasattr(module, n)}
         return names
+
+    def flops_per_token(self, context: int) -> float:
+        """Training FLOPs (forward and backward) per token at that context; see model.flops."""
+        return flops_per_token(self, context)
 
     def compile_blocks(self) -> None:
         """torch.compile every bank module in place (parameter names do not change)."""

@@ -1,0 +1,217 @@
+"""Onions: the plan is the mission's, insertion changes no logit, frozen stays frozen, growth is by name."""
+
+import pytest
+import torch
+
+import model
+from model.grow import load_into
+from model.schema import (
+    Blend,
+    BlockNode,
+    Config,
+    EmbedConfig,
+    GrowConfig,
+    HeadConfig,
+    OnionNode,
+    QuantSpec,
+    RepeatNode,
+    ShellNode,
+)
+
+V, D, T = 61, 32, 24
+SWA = BlockNode("swa", {"head_dim": 16, "window": 5})
+BODY = [BlockNode("mamba2", {"state": 16, "head_dim": 16}), BlockNode("mlp", {}), SWA]
+HEADS = {"recon": HeadConfig(0), "next": HeadConfig(1), "second": HeadConfig(2, 0.5, {"act": "rwkv"})}
+
+
+def shell(n: int, **options) -> ShellNode:
+    return ShellNode(f"s{n}", BODY, to=8, **options)
+
+
+def onion(*shells: ShellNode, reading: str = "split", **options) -> model.LanguageModel:
+    torch.manual_seed(0)
+    config = Config(dim=D, stack=[OnionNode(list(shells), reading)], heads=HEADS, name="onion", **options)
+    return model.build(config, vocab=V)
+
+
+def tokens(batch: int = 2, time: int = T) -> torch.Tensor:
+    return torch.randint(V, (batch, time), generator=torch.Generator().manual_seed(1))
+
+
+def grown(reading: str, dtype: torch.dtype | None = None):
+    """Stage 1 a few steps in, and stage 2 and 3 grown from it."""
+    one = onion(shell(1), reading=reading)
+    train(one, 3)
+    two = onion(shell(1, frozen=True), shell(2, blend=Blend(steps=4)), reading=reading)
+    load_into(two, one.config, one.state_dict())
+    return one, two
+
+
+def train(lm: model.LanguageModel, steps: int, lr: float = 1e-2) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], lr=lr)
+    x = tokens()
+    lm.train()
+    for step in range(steps):
+        lm.advance(step)
+        optimizer.zero_grad()
+        lm(x, labels=x).loss.backward()
+        optimizer.step()
+    return optimizer
+
+
+def test_sites_are_the_missions():
+    lm = onion(shell(1), shell(2), shell(3))
+    order = [item.module for item in lm.plan.walk() if item.site.split(".")[1] != "fade"]
+    visits = [m.split("_")[0] for m in order if m.endswith("swa")]
+    assert visits == ["s1", "s2", "s3", "s3", "s2", "s1"]
+    assert len({id(m) for m in lm.bank.values()}) == len(lm.plan.modules)
+    assert lm.plan.sites()["s1.in.s1_0_mamba2"] == lm.plan.sites()["s1.out.s1_0_mamba2"] == "s1_0_mamba2"
+
+
+@pytest.mark.parametrize("reading", ["split", "whole"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_insertion_changes_no_logit(reading, bf16):
+    one, two = grown(reading)
+    one.eval(), two.eval()
+    x = tokens()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        for name in HEADS:
+            assert torch.equal(one.nll(x)[name].nan_to_num(), two.nll(x)[name].nan_to_num())
+        assert torch.equal(one(x).logits, two(x).logits)
+    two.advance(2)  # negative control: half faded in, the new shell must be heard
+    with torch.no_grad():
+        assert not torch.equal(one(x).logits, two(x).logits)
+
+
+@pytest.mark.parametrize("reading", ["split", "whole"])
+def test_third_stage_inserts_into_the_second(reading):
+    _, two = grown(reading)
+    train(two, 6)  # the fade of s2 is complete
+    three = onion(shell(1, frozen=True), shell(2, frozen=True), shell(3, blend=Blend(steps=4)), reading=reading)
+    report = load_into(three, two.config, two.state_dict())
+    assert all(n.startswith("bank.s3_") for n in report.fresh) and report.fresh
+    assert not report.dropped and not report.copied
+    two.eval(), three.eval()
+    with torch.no_grad():
+        assert torch.equal(two(tokens()).logits, three(tokens()).logits)
+
+
+def test_the_new_shell_learns_at_fade_zero():
+    _, two = grown("split")
+    two.train()
+    two.advance(0)
+    out = two(tokens(), labels=tokens())
+    out.loss.backward()
+    grads = [p.grad.abs().sum() for n, p in two.named_parameters() if ".s2_" in n and p.requires_grad]
+    assert float(out.aux.stats["s2.fade/fade"]) == 0.0
+    assert sum(g > 0 for g in grads) > len(grads) / 2
+
+
+def test_frozen_is_bit_equal_after_100_steps_and_absent_from_the_optimizer():
+    _, two = grown("split")
+    before = {n: p.clone() for n, p in two.named_parameters() if not p.requires_grad}
+    assert before and all("s1_" in n or n.startswith("embed") is False for n in before)
+    optimizer = train(two, 100)
+    held = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    for name, p in two.named_parameters():
+        if name in before:
+            assert torch.equal(p, before[name]) and id(p) not in held and p.grad is None
+
+
+def test_projection_freezes_with_the_first_shell(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"model.embed_tokens.weight": torch.randn(V, 48)}, tmp_path / "model.safetensors")
+    embed = EmbedConfig(from_=str(tmp_path), frozen=True, project=D)
+    assert onion(shell(1), embed=embed).embed.project.requires_grad
+    lm = onion(shell(1, frozen=True), shell(2), embed=embed)
+    assert not lm.embed.project.requires_grad and not lm.embed.weight.requires_grad
+
+
+def test_shared_gradient_is_the_sum_over_untied_copies():
+    tied = onion(shell(1)).double()
+    untied = onion(shell(1, tie=False)).double()
+    own = untied.state_dict()
+    source = tied.state_dict()
+    untied.load_state_dict({n: source[n.replace("s1_out_", "s1_")] for n in own})
+    x = tokens()
+    for lm in (tied, untied):
+        lm(x, labels=x).loss.backward()
+    copies = dict(untied.named_parameters())
+    for name, p in tied.named_parameters():
+        if ".s1_" not in name or "quant" in name:
+            continue
+        total = copies[name].grad + copies[name.replace("s1_", "s1_out_")].grad
+        torch.testing.assert_close(p.grad, total, rtol=1e-10, atol=1e-12)
+
+
+def test_residual_shell_is_silent_at_first_and_heard_at_once():
+    one = onion(shell(1, quant=QuantSpec("none")))
+    two = onion(shell(1, quant=QuantSpec("none")), shell(2, residual=True))
+    load_into(two, one.config, one.state_dict())
+    one.eval(), two.eval()
+    x = tokens()
+    with torch.no_grad():
+        assert torch.equal(one(x).logits, two(x).logits)
+    train(two, 2)
+    two.eval()
+    with torch.no_grad():
+        assert not torch.equal(one(x).logits, two(x).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"to": 9}, "`to`"),
+        ({"quant": QuantSpec("none")}, "`quant`"),
+        ({"tie": False}, "`tie`"),
+        ({"body": [SWA]}, "`body`"),
+    ],
+)
+def test_other_shells_are_refused(change, word):
+    one = onion(shell(1))
+    fields = {"name": "s1", "body": BODY, "to": 8} | change
+    two = onion(ShellNode(**fields), shell(2))
+    with pytest.raises(model.ConfigError, match=word):
+        load_into(two, one.config, one.state_dict())
+
+
+def test_merge_without_bypass_is_refused():
+    with pytest.raises(model.ConfigError, match="never see its own token"):
+        onion(shell(1), shell(2, merge=4))
+
+
+# ----------------------------------------------------------------------------- plain stacks
+
+
+def stack(n: int, how: str = "zero") -> model.LanguageModel:
+    torch.manual_seed(n)
+    config = Config(
+        dim=D, stack=[RepeatNode(n, [SWA, BlockNode("mlp", {})])], name="plain", grow=GrowConfig(how=how)
+    )
+    return model.build(config, vocab=V)
+
+
+def test_zero_deepening_changes_no_logit_and_learns():
+    small, deep = stack(2), stack(4)
+    report = load_into(deep, small.config, small.state_dict())
+    assert not report.copied and len(report.fresh) > 0
+    with torch.no_grad():
+        assert torch.equal(small(tokens()).logits, deep(tokens()).logits)
+    train(deep, 2)
+    assert any(bool((p != 0).any()) for n, p in deep.named_parameters() if n.endswith("o_proj.weight"))
+
+
+def test_copy_deepening_repeats_the_old_layers():
+    small, deep = stack(2), stack(4, how="copy")
+    report = load_into(deep, small.config, small.state_dict())
+    assert torch.equal(deep.bank["b4_swa"].block.q_proj.weight, small.bank["b0_swa"].block.q_proj.weight)
+    assert report.copied["bank.b4_swa.block.q_proj.weight"] == "bank.b0_swa.block.q_proj.weight"
+    assert not report.fresh
+
+
+def test_a_stack_that_is_no_prefix_is_refused():
+    small = stack(2)
+    other = model.build(Config(dim=D, stack=[RepeatNode(4, [BlockNode("mlp", {})])], name="other"), vocab=V)
+    with pytest.raises(model.ConfigError, match="no prefix"):
+        load_into(other, small.config, small.state_dict())
