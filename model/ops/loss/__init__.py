@@ -1,0 +1,184 @@
+"""Output layer and cross-entropy in one, without ever holding the logits of a batch.
+
+Shape legend: N tokens  D model width  V vocabulary  R rows of a chunk
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100
+MIN_ROWS = 1024  # smaller chunks cost time: the weight gradient is read and written once a chunk
+CHUNK_LOGITS = 1 << 24  # logits of a chunk when the vocabulary is small: 64 MiB in fp32
+
+
+def linear_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    z_loss: float = 0.0,
+    ignore: int = IGNORE,
+    reduction: str = "sum",
+    chunk: int | None = None,
+) -> Tensor:
+    """Weighted cross-entropy of `targets` under logits h @ weight' + bias, in nats, fp32 (fp64 for fp64 h).
+
+        loss_n = weights_n * (lse_n - logit_n[target_n] + z_loss * lse_n^2),   lse = log sum exp logits
+
+    h [N, D], weight [V, D], targets [N] int64 (`ignore`: no loss, no gradient), weights [N] or None for 1,
+    bias [V] or None. Matmuls run in h's dtype (autocast's, where it is on), log-sum-exp in fp32.
+
+    reduction: "sum" gives the 0-d sum. Its gradients to h, weight and bias, those that are wanted, are
+               made in the forward pass, chunk by chunk; they cannot be differentiated again.
+               "none" gives [N] losses without gradient, 0 where ignored.
+    chunk:     rows at a time; None is 1024, or more where the vocabulary is small.
+    Raises ValueError for shapes that do not fit.
+    """
+    if h.dim() != 2 or weight.dim() != 2 or h.shape[1] != weight.shape[1] or targets.shape != h.shape[:1]:
+        raise ValueError(
+            "linear_cross_entropy: want h [N, D], weight [V, D], targets [N]; got "
+            f"{list(h.shape)}, {list(weight.shape)}, {list(targets.shape)}"
+        )
+    if weights is not None and weights.shape != targets.shape:
+        raise ValueError(f"weights must be [N] = {list(targets.shape)}, got {list(weights.shape)}")
+    if reduction not in ("sum", "none"):
+        raise ValueError(f"reduction={reduction!r}: must be 'sum' or 'none'")
+    rows = chunk or max(MIN_ROWS, CHUNK_LOGITS // weight.shape[0])
+    kept = (targets != ignore).to(_work_dtype(h))
+    scale = kept if weights is None else kept * weights.detach()
+    safe = torch.where(targets == ignore, 0, targets)
+    if reduction == "none":
+        with torch.no_grad():
+            return _losses(h, weight, bias, safe, scale, z_loss, rows)
+    inputs = (h, weight, bias)
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
+        return _losses(h, weight, bias, safe, scale, z_loss, rows).sum()
+    return _SumLoss.apply(h, weight, bias, safe, scale, z_loss, rows)
+
+
+def linear_argmax(h: Tensor, weight: Tensor, bias: Tensor | None = None, chunk: int | None = None) -> Tensor:
+    """[N] int64: the likeliest token of each row, by chunks as above. No gradient."""
+    rows = chunk or max(MIN_ROWS, CHUNK_LOGITS // weight.shape[0])
+    with torch.no_grad(), _no_autocast(h):
+        h, weight = _operands(h, weight)
+        parts = [_logits(part, weight, bias).argmax(-1) for part in h.split(rows)]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=h.device)
+
+
+def _work_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _operands(h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both matmul operands in one dtype."""
+    device = h.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+    return h.to(dtype), weight.to(dtype)
+
+
+def _logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[R, V] in fp32 or fp64, freshly made: the caller may write into it."""
+    logits = torch.mm(h, weight.t()).to(_work_dtype(h))
+    return logits if bias is None else logits.add_(bias)
+
+
+def _chunk_losses(logits: Tensor, targets: Tensor, scale: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    """(losses [R], log-sum-exp [R])."""
+    lse = logits.logsumexp(-1)
+    loss = lse - logits.gather(1, targets[:, None])[:, 0]
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    return torch.where(scale != 0, loss * scale, 0.0), lse
+
+
+def _losses(
+    h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor, z_loss: float, rows: int
+) -> Tensor:
+    """[N] losses, no gradient."""
+    operands = _operands(h, weight)
+    out = torch.empty_like(scale)
+    with _no_autocast(h):
+        for i in range(0, h.shape[0], rows):
+            part = slice(i, i + rows)
+            logits = _logits(operands[0][part], operands[1], bias)
+            out[part] = _chunk_losses(logits, targets[part], scale[part], z_loss)[0]
+    return out
+
+
+class _SumLoss(torch.autograd.Function):
+    """The sum of the losses; the gradients are made while a chunk's logits are at hand."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: Tensor,
+        z_loss: float,
+        rows: int,
+    ) -> Tensor:
+        want_h, want_weight, want_bias = ctx.needs_input_grad[:3]
+        work = scale.dtype
+        x, w = _operands(h, weight)
+        grad_h = torch.empty_like(h) if want_h else None
+        grad_weight = torch.zeros_like(weight, dtype=work) if want_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=work) if want_bias and bias is not None else None
+        total = scale.new_zeros(())
+        with _no_autocast(h):
+            for i in range(0, h.shape[0], rows):
+                part = slice(i, i + rows)
+                logits = _logits(x[part], w, bias)
+                losses, lse = _chunk_losses(logits, targets[part], scale[part], z_loss)
+                total += losses.sum()
+                slope = _into_slope(logits, lse, targets[part], scale[part], z_loss)
+                if grad_bias is not None:
+                    grad_bias += slope.sum(0)
+                slope = slope.to(x.dtype)
+                if grad_h is not None:
+                    grad_h[part] = slope @ w
+                if grad_weight is not None:
+                    _add_product(grad_weight, slope, x[part])
+        ctx.save_for_backward(grad_h, grad_weight, grad_bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+        grad_h, grad_weight, grad_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if grad_h is None else grad_h * grad.to(grad_h.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(weight_dtype),
+            None if grad_bias is None else (grad_bias * grad).to(bias_dtype),
+            *(None,) * 4,
+        )
+
+
+def _into_slope(logits: Tensor, lse: Tensor, targets: Tensor, scale: Tensor, z_loss: float) -> Tensor:
+    """d loss / d logits, written over the logits: scale * (softmax * (1 + 2 z_loss lse) - onehot)."""
+    softmax = logits.sub_(lse[:, None]).exp_()
+    row = scale * (1 + 2 * z_loss * lse) if z_loss else scale
+    slope = softmax.mul_(row[:, None])
+    return slope.scatter_add_(1, targets[:, None], -scale[:, None])
+
+
+def _add_product(total: Tensor, slope: Tensor, x: Tensor) -> None:
+    """total [V, D] += slope' x; summed over chunks in fp32 whatever the operands are."""
+    if total.dtype == x.dtype:
+        total.addmm_(slope.t(), x)
+    else:
+        total += slope.t() @ x
