@@ -15,3 +15,9 @@ CASES: dict[str, list[dict[str, Any]]] = {
 }
 
 EXEMPT: dict[tuple[str, str], str] = {}
+
+QUANT_CASES: dict[str, list[dict[str, Any]]] = {
+    "int8": [{"params": {"channels": 6}}, {"params": {"channels": 40}}],
+    "fsq": [{"params": {"channels": 6}}, {"params": {"levels": [2, 3, 8, 255]}}],
+    "none": [{"params": {"channels": 6}}],
+}
