@@ -15,7 +15,8 @@ SMOLLM2 = "smollm2-135m-instruct"
 def texts() -> list[str]:
     """200 documents of many lengths, with non-ASCII letters and literal control strings."""
     rng = np.random.default_rng(0)
-    words = "def return class über 日本語 naïve <|endoftext|> </s> 123 x=1\n\t 🙂 lambda".split(" ")
+    words = ["def", "return", "class", "über", "日本語", "naïve", "<|endoftext|>", "</s>"]
+    words += ["123", "x=1\n\t", "🙂", "lambda"]
     return [" ".join(rng.choice(words, n)) for n in rng.integers(1, 120, 200)]
 
 
