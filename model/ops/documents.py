@@ -1,0 +1,36 @@
+"""What operators need to know of documents.
+
+Operators import nothing but torch; this is the shape of `model.core.Docs` as they see it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Documents(Protocol):
+    """Where documents lie in a batch; see `model.core.Docs`, whose fields these are."""
+
+    @property
+    def positions(self) -> Tensor: ...  # [B, T] int64, from 0 in each document
+
+    @property
+    def segments(self) -> Tensor: ...  # [B, T] int64, never decreasing along a row; -1 is padding
+
+    @property
+    def cu_seqlens(self) -> Tensor: ...  # [N+1] int32 over the flattened B*T
+
+    @property
+    def padded(self) -> bool: ...  # any segment is -1
+
+    @property
+    def max_len(self) -> int: ...  # the longest document
+
+    @property
+    def tokens(self) -> Tensor: ...  # [B, T] bool: not padding
+
+    def first_segment(self) -> Tensor: ...  # [B], -2 for a row of padding
+
+    def last_segment(self) -> Tensor: ...  # [B], -2 for a row of padding
