@@ -11,6 +11,10 @@ from typing import Any
 
 CASES: dict[str, list[dict[str, Any]]] = {
     "attention": [{"params": {"head_dim": 16}}],
+    "mamba2": [
+        {"params": {"head_dim": 8, "state": 4, "groups": 2, "chunk": 8}},
+        {"params": {"head_dim": 16, "state": 3, "chunk": 5, "dt_limit": [0.001, 0.5]}},
+    ],
     "swa": [{"params": {"head_dim": 16, "window": 5}}],
 }
 

@@ -27,6 +27,7 @@ def conv_shifts(
     """y [B, T, C] and the last W-1 inputs [B, C, W-1]; arguments as in `causal_conv`."""
     B, T, C = x.shape
     back = weight.shape[1] - 1
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     before = x.new_zeros(B, back, C) if state is None else state.to(x.dtype).transpose(1, 2)
     if docs is None:
         line, owner = torch.cat([before, x], 1), None

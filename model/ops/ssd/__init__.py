@@ -32,6 +32,7 @@ def ssd(
     state: Tensor | None = None,
     docs: Documents | None = None,
     want_state: bool = False,
+    chunk: int = 64,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = exp(log_a_t) S_{t-1} + b_t (x) x_t,  y_t = c_t . S_t  (Dao & Gu 2024, arXiv 2405.21060).
@@ -46,12 +47,13 @@ def ssd(
     None. Every tensor argument has a gradient, the state too. A document that starts meets an empty
     state; padding neither writes nor decays, and its output is zero.
 
+    chunk:   tokens of a chunk, for the `chunked` form alone; speed, not meaning.
     backend: `auto`, `fla` (CUDA), `chunked` (torch matmuls, any device) or `reference`.
     Raises BackendError when the named backend cannot serve, ValueError on shapes that do not fit.
     """
     _check(x, log_a, b, c, state)
     chosen = choose("ssd", backend, x, docs=docs, state=state)
-    y, last = chosen.fn(x, log_a, b, c, state=state, docs=docs, want_state=want_state)
+    y, last = chosen.fn(x, log_a, b, c, state=state, docs=docs, want_state=want_state, chunk=chunk)
     return y, (last if want_state else None)
 
 

@@ -36,7 +36,7 @@ def ssd_chunked(
     want_state: bool = True,
     chunk: int = 64,
 ) -> tuple[Tensor, Tensor | None]:
-    """y [B, T, H, P] and the state [B, H, N, P] after the last token; shapes as in `ssd`."""
+    """y [B, T, H, P] and the state [B, H, N, P] after the last token; arguments as in `ssd`."""
     B, T, H, P = x.shape
     N, dtype = b.shape[3], x.dtype
     if T == 0 or B == 0:

@@ -33,8 +33,9 @@ def ssd_fla(
     state: Tensor | None = None,
     docs: Documents | None = None,
     want_state: bool = True,
+    chunk: int = 64,
 ) -> tuple[Tensor, Tensor | None]:
-    """y [B, T, H, P] and the state [B, H, N, P] after the last token; shapes as in `ssd`."""
+    """y [B, T, H, P] and the state [B, H, N, P] after the last token; arguments as in `ssd`."""
     from fla.ops.simple_gla import chunk_simple_gla
 
     R = x.shape[2] // b.shape[2]

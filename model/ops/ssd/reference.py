@@ -24,8 +24,9 @@ def ssd_reference(
     state: Tensor | None = None,
     docs: Documents | None = None,
     want_state: bool = True,
+    chunk: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """y [B, T, H, P] and the state [B, H, N, P] after the last token; shapes as in `ssd`.
+    """y [B, T, H, P] and the state [B, H, N, P] after the last token; arguments as in `ssd`.
 
     Sums in fp32, or fp64 when x is fp64. Differentiable in every tensor argument.
     """
