@@ -269,6 +269,8 @@ class LanguageModel(nn.Module):
         """Names of parameters that take no weight decay: vectors, and what blocks declare."""
         names = {n for n, p in self.named_parameters() if p.dim() < 2}
         for path, module in self.named_modules():
+            if module is self:
+                continue
             names |= {f"{path}.{n}" for n in getattr(module, "no_decay", ()) if hasattr(module, n)}
         return names
 
