@@ -66,7 +66,8 @@ def block_size(reach: int) -> int:
 def _reach(docs: Documents | None, plain: bool, window: int | None, span: int | None) -> int | None:
     """How many keys back, its own included, any query can see by index; None when that is unknown."""
     if docs is not None:
-        return docs.max_len if window is None else min(window, docs.max_len)
+        longest = max(docs.max_len, 1)
+        return longest if window is None else min(window, longest)
     return window if plain else span
 
 
