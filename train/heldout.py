@@ -1,0 +1,92 @@
+"""Held-out loss of every head, in nats and in bits per byte, on rows that never change.
+
+Shape legend: B rows of a group  T context.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dataset.views import View
+from model.heads import IGNORE, shift_targets
+from model.lm import LanguageModel
+from model.schema import RunConfig
+from train.feed import Micro, cut
+from train.world import World, autocast
+
+GROUP_TOKENS = 4096  # tokens scored at once; also the groups that the plateau rule pairs
+
+
+@dataclass(frozen=True)
+class Scores:
+    """loss: weighted over heads, as in training. losses: {head: nats per token}. bpb: {head: bits per byte
+    of the text that it predicts}. groups: weighted loss of every group of rows. stats: the model's own."""
+
+    loss: float
+    losses: dict[str, float]
+    bpb: dict[str, float]
+    groups: list[float]
+    tokens: int
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+def evaluate(lm: LanguageModel, view: View, run: RunConfig, world: World) -> Scores:
+    """Score the first `run.eval_tokens` tokens of the held-out view (less if it is shorter).
+
+    Rows are cut into groups whatever the number of ranks, so the result does not depend on it.
+    """
+    rows = max(1, min(view.rows, run.eval_tokens // run.context))
+    size = max(1, min(rows, GROUP_TOKENS // run.context))
+    groups = rows // size
+    heads = list(lm.config.heads)
+    sums = torch.zeros(groups, len(heads), 3, dtype=torch.float64, device=world.device)
+    stats: dict[str, Tensor] = {}
+    was_training = lm.training
+    lm.eval()
+    try:
+        for g in range(world.rank, groups, world.size):
+            micro = cut(view.batch(g, size).to(world.device), size)[0]
+            with torch.no_grad(), autocast(world.device, run.precision):
+                out = lm(micro.tokens, labels=micro.labels, weights=micro.weights, docs=micro.docs)
+            for h, head in enumerate(heads):
+                nats, weight = out.sums[head]
+                sums[g, h, 0], sums[g, h, 1] = nats.double(), weight.double()
+                sums[g, h, 2] = target_bytes(micro, lm.config.heads[head].shift, view)
+            for name, value in out.aux.stats.items():
+                stats[name] = stats.get(name, 0.0) + value.double()
+    finally:
+        lm.train(was_training)
+    return _scores(lm, world.sum(sums).cpu(), _mean_stats(stats, groups, world), rows * run.context)
+
+
+def _scores(lm: LanguageModel, sums: Tensor, stats: dict[str, Any], tokens: int) -> Scores:
+    losses, bpb = {}, {}
+    groups = torch.zeros(len(sums), dtype=torch.float64)
+    for h, (head, c) in enumerate(lm.config.heads.items()):
+        nats, weight, size = sums[:, h].sum(0).tolist()
+        losses[head] = nats / weight if weight else math.nan
+        bpb[head] = nats / math.log(2) / size if size else math.nan
+        groups += c.weight * sums[:, h, 0] / sums[:, h, 1].clamp_min(1e-9)
+    loss = sum(lm.config.heads[head].weight * value for head, value in losses.items())
+    return Scores(loss, losses, bpb, groups.tolist(), tokens, stats)
+
+
+def target_bytes(micro: Micro, shift: int, view: View) -> int:
+    """UTF-8 bytes of the tokens that a head with this shift predicts."""
+    targets = shift_targets(micro.labels, shift, micro.docs).cpu()
+    sizes = torch.from_numpy(view.bytes_per_token)
+    return int(sizes[targets[targets != IGNORE]].sum())
+
+
+def _mean_stats(stats: dict[str, Tensor], groups: int, world: World) -> dict[str, Any]:
+    """Mean over groups of every statistic: a number, or a list for a vector."""
+    out = {}
+    for name, value in stats.items():
+        mean = world.sum(value.to(world.device)) / groups
+        out[name] = mean.tolist()
+    return out

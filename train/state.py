@@ -1,0 +1,93 @@
+"""Everything that a run must remember to go on as if it had never stopped.
+
+Random numbers and the data order need no state of their own: both follow from the seed and the step
+(`world.seed_step`, `dataset.order`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.lm import LanguageModel
+from train import optim
+from train.checkpoint import Checkpoint
+from train.errors import CheckpointError
+from train.meter import Meter
+from train.outer import Outer
+from train.plateau import Plateau
+from train.schedule import Schedule
+
+
+@dataclass
+class TrainState:
+    """model is the bare module; `forward` is what is called: the same, or its data-parallel wrapper.
+
+    step:    optimizer steps behind us; also the place in the data order.
+    tokens:  tokens seen by the whole run.     skipped: steps not applied (non-finite), and in a row.
+    origin:  tokens that the weights had seen before this run (growth, --init-from).
+    """
+
+    model: LanguageModel
+    forward: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    plateau: Plateau
+    outer: Outer
+    meter: Meter = field(default_factory=Meter)
+    step: int = 0
+    tokens: int = 0
+    origin: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        return dict(self.model.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dicts and lists of tensors and JSON values: all but the model's own tensors."""
+        return {
+            "counters": {name: getattr(self, name) for name in COUNTERS},
+            "optimizer": optim.state_by_name(self.optimizer),
+            "schedule": self.schedule.state_dict(),
+            "plateau": self.plateau.state_dict(),
+            "outer": self.outer.state_dict(),
+            "meter": self.meter.state_dict(),
+        }
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Become what was saved. Raises CheckpointError when it belongs to another model."""
+        load_model(self.model, checkpoint.model, str(checkpoint.path))
+        state = checkpoint.train
+        try:
+            optim.load_by_name(self.optimizer, state["optimizer"])
+            for name in COUNTERS:
+                setattr(self, name, int(state["counters"][name]))
+            self.schedule.load_state_dict(state["schedule"])
+            self.plateau.load_state_dict(state["plateau"])
+            self.outer.load_state_dict(state["outer"])
+            self.meter.load_state_dict(state["meter"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{checkpoint.path}: does not fit this run ({error!r})") from error
+
+
+COUNTERS = ("step", "tokens", "origin", "skipped", "skipped_in_a_row")
+
+
+def load_model(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy tensors into a model, names and shapes strictly equal. Raises CheckpointError."""
+    own = model.state_dict()
+    problems = [f"lacks {n}" for n in own if n not in tensors]
+    problems += [f"has {n}, which the model lacks" for n in tensors if n not in own]
+    problems += [
+        f"{n} has shape {list(tensors[n].shape)}, the model {list(t.shape)}"
+        for n, t in own.items()
+        if n in tensors and tensors[n].shape != t.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(f"{where}: is of another model: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(tensors)
