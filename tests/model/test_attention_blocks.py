@@ -1,0 +1,192 @@
+"""Attention, MLP and Samba blocks: transformers' own layers with the same weights, and refusals."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.core import Ctx, Docs
+from model.ops.norm import RMSNorm
+from model.ops.rope import rope_tables
+from model.registry import make_block
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float(((got - want).norm() / want.norm()).detach())
+
+
+def hf_attention(kind: str, **config) -> tuple[nn.Module, nn.Module]:
+    """(attention layer, rotary embedding) of a small transformers model with eager attention."""
+    import transformers as hf
+    from transformers.models.llama import modeling_llama as llama
+    from transformers.models.mistral import modeling_mistral as mistral
+    from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+    base = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
+    classes = {
+        "llama": (hf.LlamaConfig, llama.LlamaAttention, llama.LlamaRotaryEmbedding),
+        "mistral": (hf.MistralConfig, mistral.MistralAttention, mistral.MistralRotaryEmbedding),
+        "qwen3": (hf.Qwen3Config, qwen3.Qwen3Attention, qwen3.Qwen3RotaryEmbedding),
+    }
+    config_class, attention, rotary = classes[kind]
+    cfg = config_class(**base, **config, attn_implementation="eager")
+    return attention(cfg, 0), rotary(cfg)
+
+
+def run_hf(peer: tuple[nn.Module, nn.Module], x: Tensor, window: int | None) -> Tensor:
+    attention, rotary = peer
+    T = x.shape[1]
+    index = torch.arange(T)
+    hidden = index[None, :] > index[:, None]
+    if window is not None:
+        hidden |= index[:, None] - index[None, :] >= window
+    mask = torch.zeros(1, 1, T, T).masked_fill(hidden, torch.finfo(torch.float32).min)
+    return attention(x, rotary(x, index[None]), mask)[0]
+
+
+@pytest.mark.parametrize(
+    "kind, name, params",
+    [
+        ("llama", "attention", {}),
+        ("mistral", "swa", {"window": 24}),
+        ("mistral", "swa", {"window": 80}),
+        ("qwen3", "attention", {"qk_norm": True}),
+    ],
+)
+def test_equals_transformers(kind, name, params):
+    """The same state_dict, strictly; outputs, gradients, and decoding one token at a time."""
+    peer = hf_attention(kind)
+    block = make_block(name, 96, head_dim=16, group=3, **params)
+    block.load_state_dict(peer[0].state_dict(), strict=True)
+    x = torch.randn(2, 150, 96, requires_grad=True)
+    want = run_hf(peer, x, params.get("window"))
+    got = block(x).y
+    assert relative(got, want) < 1e-5
+    direction = torch.randn_like(want)
+    want_grads = torch.autograd.grad((want * direction).sum(), [x, *peer[0].parameters()])
+    grads = torch.autograd.grad((got * direction).sum(), [x, *block.parameters()])
+    for a, b in zip(grads, want_grads):
+        assert relative(a, b) < 1e-5
+    with torch.no_grad():
+        state, ys = block.init_state(2, x, capacity=150), []
+        for t in range(150):
+            step = block(x[:, t : t + 1], state)
+            state = step.state
+            ys.append(step.y)
+    assert relative(torch.cat(ys, dim=1), want) < 1e-5
+
+
+def test_packed_swa_equals_transformers_on_separate_documents():
+    peer = hf_attention("mistral")
+    block = make_block("swa", 96, head_dim=16, group=3, window=24)
+    block.load_state_dict(peer[0].state_dict())
+    x = torch.randn(1, 200, 96)
+    bounds = [0, 70, 71, 130, 200]
+    got = block(x, ctx=Ctx.packed(bounds)).y
+    for a, b in pairwise(bounds):
+        assert relative(got[:, a:b], run_hf(peer, x[:, a:b], 24)) < 1e-5
+
+
+def test_swiglu_equals_transformers_mlp():
+    import transformers as hf
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    peer = LlamaMLP(hf.LlamaConfig(hidden_size=64, intermediate_size=171))
+    block = make_block("mlp", 64)
+    block.load_state_dict(peer.state_dict(), strict=True)
+    x = torch.randn(2, 9, 64)
+    assert relative(block(x).y, peer(x)) < 1e-6
+
+
+def test_rwkv_channel_mix_is_its_recurrence():
+    block = make_block("mlp", 8, act="rwkv").double()
+    with torch.no_grad():
+        block.mix_k.uniform_()
+        block.mix_r.uniform_()
+    x = torch.randn(2, 12, 8, dtype=torch.float64)
+    docs = Docs.packed([0, 5, 6, 12, 24], rows=2)
+    got = block(x, ctx=Ctx(docs)).y
+    for row, starts in ((0, {0, 5, 6}), (1, {0})):
+        before = torch.zeros(8, dtype=torch.float64)
+        for t in range(12):
+            before = before * (t not in starts)
+            now = x[row, t]
+            k = torch.relu(block.up_proj(now + (before - now) * block.mix_k)) ** 2
+            gate = torch.sigmoid(block.gate_proj(now + (before - now) * block.mix_r))
+            torch.testing.assert_close(got[row, t], gate * block.down_proj(k))
+            before = now
+
+
+@pytest.mark.parametrize("mult, multiple_of, hidden", [(None, 1, 171), (2.67, 64, 192), (4.0, 256, 256)])
+def test_hidden_width_is_the_nearest_multiple(mult, multiple_of, hidden):
+    assert make_block("mlp", 64, mult=mult, multiple_of=multiple_of).hidden == hidden
+
+
+def test_residual_outputs_are_marked():
+    samba = make_block("samba", 64)
+    marked = {n for n, m in samba.named_modules() if getattr(m, "residual_out", False)}
+    assert {"parts.1.down_proj", "parts.2.o_proj", "parts.3.down_proj"} <= marked
+
+
+def test_samba_is_four_residual_parts():
+    params = {"mamba2": {"state": 16, "head_dim": 16}, "swa": {"head_dim": 16, "window": 7}}
+    samba = make_block("samba", 32, **params, mlp={"act": "relu2"})
+    x = torch.randn(2, 20, 32)
+    want = x
+    for name, part, norm in zip(("mamba2", "mlp", "swa", "mlp"), samba.parts, samba.norms):
+        assert part.registered_name == name
+        want = want + part(norm(want)).y
+    assert samba.bare and torch.equal(samba(x).y, want)
+    assert samba.parts[2].window == 7 and samba.parts[3].act == "relu2"
+
+
+@pytest.mark.parametrize("T", [40, 600])
+@pytest.mark.parametrize("name", ["attention", "swa"])
+def test_cost_is_the_flop_counter_beyond_linears(name, T):
+    block = make_block(name, 64, head_dim=16, group=2)
+    linears = sum(2 * T * m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+    with FlopCounterMode(display=False) as counter:
+        block(torch.randn(1, T, 64))
+    assert counter.get_total_flops() - linears == block.cost(T).flops
+
+
+@pytest.mark.parametrize(
+    "name, params, words",
+    [
+        ("attention", {"head_dim": 48}, "dim=64 is not a multiple of head_dim=48"),
+        ("attention", {"head_dim": 16, "group": 3}, "group=3 must divide the 4 query heads"),
+        ("attention", {"head_dim": 1}, "even for RoPE"),
+        ("attention", {"position": "absolute"}, "must be"),
+        ("swa", {"window": 0}, "window=0"),
+        ("mlp", {"act": "relu"}, "must be one of swiglu"),
+        ("mlp", {"mult": -1.0}, "must be > 0"),
+        ("samba", {"swa": {"windows": 3}}, "unknown parameter 'windows'; did you mean 'window'"),
+    ],
+)
+def test_bad_parameters_are_refused(name, params, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        make_block(name, 64, **params)
+
+
+def test_rms_norm_keeps_dtype_and_statistics():
+    norm = RMSNorm(64)
+    x = 1000 * torch.randn(5, 64, dtype=torch.float64)
+    want = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    for dtype, tol in ((torch.float64, 1e-7), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)):
+        got = norm(x.to(dtype))
+        assert got.dtype == dtype and relative(got.double(), want) < tol
+
+
+def test_rope_tables_are_exact_far_out():
+    """Neither bf16 inputs nor large positions cost precision: tables are fp32 at least."""
+    positions = torch.tensor([[0, 1, 257, 100_000]])
+    exact = rope_tables(positions, 8, 10_000.0, torch.float64)
+    low = rope_tables(positions, 8, 10_000.0, torch.bfloat16)
+    assert low[0].dtype == torch.float32
+    for a, b in zip(low, exact):
+        torch.testing.assert_close(a.double(), b, atol=1e-2, rtol=0)
+        torch.testing.assert_close(a.double()[:, :3], b[:, :3], atol=2e-5, rtol=0)

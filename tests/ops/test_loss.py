@@ -1,0 +1,136 @@
+"""Chunked cross-entropy: against all logits at once in fp64, values and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.ops.loss import linear_argmax, linear_cross_entropy
+from model.ops.loss.reference import linear_cross_entropy_reference
+
+
+def case(N: int, D: int, V: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h, weight, bias, targets; every third target ignored."""
+    gen = torch.Generator().manual_seed(N + 100 * D + V)
+    tensors = [torch.randn(s, generator=gen, dtype=torch.float64) for s in ((N, D), (V, D), (V,))]
+    targets = torch.randint(V, (N,), generator=gen)
+    targets[::3] = -100
+    h, weight, bias = (t.to(dtype).requires_grad_() for t in tensors)
+    return h, weight, bias, targets
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(0, 30),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.sampled_from([1, 4, 1024]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.0, 0.1]),
+)
+def test_equals_all_logits_at_once(N, D, V, chunk, weighted, biased, z_loss):
+    h, weight, bias, targets = case(N, D, V)
+    weights = torch.rand(N, dtype=torch.float64) if weighted else None
+    inputs = [h, weight, *([bias] if biased else [])]
+    more = {"bias": bias if biased else None, "z_loss": z_loss}
+    got = linear_cross_entropy(h, weight, targets, weights, chunk=chunk, **more)
+    want = linear_cross_entropy_reference(h, weight, targets, weights, **more)
+    torch.testing.assert_close(got, want)
+    # A scale other than 1, as a mean over tokens gives.
+    for a, b in zip(torch.autograd.grad(0.3 * got, inputs), torch.autograd.grad(0.3 * want, inputs)):
+        torch.testing.assert_close(a, b)
+    each = linear_cross_entropy(h, weight, targets, weights, chunk=chunk, reduction="none", **more)
+    want_each = linear_cross_entropy_reference(h, weight, targets, weights, reduction="none", **more)
+    torch.testing.assert_close(each, want_each.detach())
+    assert not each.requires_grad and bool((each[targets == -100] == 0).all())
+
+
+def test_gradcheck():
+    h, weight, bias, targets = case(7, 3, 5)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: linear_cross_entropy(h, w, targets, bias=b, z_loss=0.01, chunk=2), (h, weight, bias)
+    )
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+def test_only_wanted_gradients_are_made(wanted, monkeypatch):
+    h, weight, _, targets = case(8, 4, 6)
+    h.requires_grad_(wanted[0])
+    weight.requires_grad_(wanted[1])
+    made = []
+    monkeypatch.setattr("model.ops.loss._add_product", lambda *a: made.append(a))
+    loss = linear_cross_entropy(h, weight, targets)
+    assert loss.requires_grad == any(wanted)
+    assert bool(made) == wanted[1], "a frozen output layer costs no weight gradient"
+    if any(wanted):
+        loss.backward()
+    assert (h.grad is not None, weight.grad is not None) == wanted
+
+
+def test_bf16_operands_fp32_loss():
+    h, weight, _, targets = case(2000, 64, 300)
+    h = (h / 8).detach().requires_grad_()
+    want = linear_cross_entropy_reference(h, weight, targets)
+    low_h, master = h.detach().bfloat16().requires_grad_(), weight.detach().float().requires_grad_()
+    got = linear_cross_entropy(low_h, master, targets)
+    assert got.dtype == torch.float32
+    got.backward()
+    want.backward()
+    assert low_h.grad.dtype == torch.bfloat16 and master.grad.dtype == torch.float32
+    assert abs(float(got.detach()) / float(want.detach()) - 1) < 1e-3
+    for mine, exact in ((low_h.grad, h.grad), (master.grad, weight.grad)):
+        assert float((mine.double() - exact).norm() / exact.norm()) < 1e-2
+
+
+def test_autocast_chooses_the_operands():
+    h, weight, _, targets = case(20, 8, 30, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        auto = linear_cross_entropy(h, weight, targets)
+    named = linear_cross_entropy(h.bfloat16(), weight, targets)
+    assert auto.dtype == torch.float32 and torch.equal(auto, named)
+    auto.backward()
+    assert h.grad.dtype == weight.grad.dtype == torch.float32
+
+
+def test_large_logits_stay_finite():
+    h, weight, _, targets = case(6, 4, 5, torch.float32)
+    loss = linear_cross_entropy(h * 1e4, weight, targets)
+    loss.backward()
+    assert bool(loss.isfinite()) and bool(h.grad.isfinite().all()) and bool(weight.grad.isfinite().all())
+
+
+def test_everything_ignored():
+    h, weight, _, targets = case(5, 3, 4)
+    loss = linear_cross_entropy(h, weight, torch.full_like(targets, -100))
+    loss.backward()
+    assert float(loss.detach()) == 0 and float(h.grad.abs().max()) == 0 == float(weight.grad.abs().max())
+
+
+def test_gradient_twice_from_one_graph():
+    h, weight, _, targets = case(6, 3, 4)
+    loss = linear_cross_entropy(h, weight, targets)
+    first = torch.autograd.grad(loss, (h, weight), retain_graph=True)
+    second = torch.autograd.grad(2 * loss, (h, weight))
+    for a, b in zip(first, second):
+        torch.testing.assert_close(2 * a, b)
+
+
+def test_argmax_by_chunks():
+    h, weight, bias, _ = case(25, 4, 7)
+    assert torch.equal(linear_argmax(h, weight, bias, chunk=6), (h @ weight.t() + bias).argmax(-1))
+    assert linear_argmax(h[:0], weight).shape == (0,)
+
+
+def test_wrong_shapes_are_refused():
+    h, weight, _, targets = case(4, 3, 5)
+    for bad in ((h[None], weight, targets), (h, weight[:, :2], targets), (h, weight, targets[:3])):
+        with pytest.raises(ValueError, match="want h"):
+            linear_cross_entropy(*bad)
+    with pytest.raises(ValueError, match="weights must be"):
+        linear_cross_entropy(h, weight, targets, torch.ones(3))
+    with pytest.raises(ValueError, match="reduction='mean'"):
+        linear_cross_entropy(h, weight, targets, reduction="mean")
