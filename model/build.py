@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file
 from torch import Tensor
 
 from model import config as reader
@@ -55,3 +57,46 @@ def build(
         raise
     except ValueError as error:
         raise ConfigError([f"{config.name}: {error}"]) from error
+
+
+def load(source: str | Path) -> LanguageModel:
+    """The model of a run's latest complete checkpoint (or of one checkpoint, or of an exported folder).
+
+    The folder says what it is (`config.yaml`) and holds every weight (`model.safetensors`), so neither
+    dataset nor pretrained source is needed. In evaluation mode, on the CPU.
+    Raises ConfigError when there is nothing complete to load.
+    """
+    folder = checkpoint_folder(Path(source))
+    config = reader.load(folder / "config.yaml")
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors["embed.weight"]
+    pretrained = weight if config.embed.from_ is not None else None
+    lm = LanguageModel(config, weight.shape[0], pretrained)
+    lm.load_state_dict(tensors)
+    return lm.eval()
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The newest complete checkpoint below a run, or the folder itself when it holds a model.
+
+    Complete: its manifest is there and every file has the size that it says.
+    """
+    for folder in [path, *sorted((path / "checkpoints").glob("step_*[0-9]"), reverse=True)]:
+        if (
+            (folder / "config.yaml").is_file()
+            and (folder / "model.safetensors").is_file()
+            and _sizes_fit(folder)
+        ):
+            return folder
+    raise ConfigError([f"{path}: no complete checkpoint here; want a run folder, a checkpoint or an export"])
+
+
+def _sizes_fit(folder: Path) -> bool:
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return not folder.name.startswith("step_")  # an export has none
+    try:
+        files = json.loads(manifest.read_text())["files"]
+        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
