@@ -1,0 +1,401 @@
+"""The interface every method keeps: wrap a decoder, compress a context, read text after it, save, load.
+
+Shape legend: B batch  T time  S slots  E embedding width  V vocabulary.
+
+A method implements `_compress`; everything else is here. Contexts arrive in any padding and are packed to
+the left first, so a method only ever sees rows that begin at column 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from model.compress.context import CompressedContext, LayerSlots
+from model.compress.decoder import Decoder
+from model.compress.rows import checked_mask, pack, text_positions, token_losses
+from model.registry import Registry, did_you_mean
+
+FORMAT = "latent-lab-compressor-1"
+OBJECTIVES = ("lm", "ae", "qa", "distill")
+METHODS = Registry("compression method", "model.compress")
+compressor = METHODS.register
+method_names = METHODS.names
+
+
+@dataclass(frozen=True)
+class CompressorConfig:
+    """Options every method has.
+
+    ratio: source tokens per slot where a call names neither ratio nor budget.
+    gradient_checkpointing: recompute activations layer by layer in the backward pass.
+    seed: of whatever a method draws at random.
+    """
+
+    ratio: float = 4.0
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+
+@dataclass
+class CompressorOutput:
+    """loss: 0-d, None without labels.  logits [B, T, V] for the text.  losses: its parts, weighted.
+    stats: detached 0-d values to look at.  context: what was compressed."""
+
+    loss: Tensor | None
+    logits: Tensor
+    context: CompressedContext | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+class ContextCompressor(nn.Module):
+    """A decoder together with a method that compresses contexts for it.
+
+    The decoder is not a submodule: parameters, state dict and checkpoints hold the method's own tensors.
+    gives: the carrier it makes.  accepts: what it can compress, `tokens` and perhaps a carrier (for `Chain`).
+    """
+
+    Config: ClassVar[type[CompressorConfig]] = CompressorConfig
+    registered_name: ClassVar[str] = ""
+    gives: ClassVar[str] = "embeds"
+    accepts: ClassVar[frozenset[str]] = frozenset({"tokens"})
+
+    def __init__(self, decoder: Decoder, config: CompressorConfig) -> None:
+        super().__init__()
+        self.__dict__["decoder"] = decoder
+        self.config: Any = config
+        for parameter in decoder.model.parameters():
+            parameter.requires_grad_(False)
+        decoder.model.eval()
+
+    decoder: Decoder
+
+    def _apply(self, fn, recurse: bool = True):
+        self.decoder.model._apply(fn)
+        return super()._apply(fn, recurse)
+
+    # ------------------------------------------------------------------ compressing
+
+    def compress(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        ratio: float | None = None,
+        budget: int | None = None,
+        state: CompressedContext | None = None,
+    ) -> CompressedContext:
+        """input_ids int64 [B, T] with any padding -> what is kept of them.
+
+        ratio: source tokens per slot.  budget: slots per row, never exceeded.  At most one of the two.
+        state: an earlier context that this one continues.
+        Gradients are kept in training mode only. Raises ValueError for bad masks, for inputs longer than
+        the decoder reads, and for a ratio or budget that the method cannot meet.
+        """
+        mask = checked_mask(input_ids, attention_mask, self.decoder.config.pad_token_id, "compress")
+        ids, mask = pack(input_ids, mask)
+        if ratio is not None and budget is not None:
+            raise ValueError("compress takes a ratio or a budget, not both")
+        if ratio is not None and ratio < 1:
+            raise ValueError(f"ratio {ratio}: source tokens per slot must be at least 1")
+        if budget is not None and budget < 0:
+            raise ValueError(f"budget {budget}: slots per row must be at least 0")
+        if state is not None:
+            self._check_context(state, ids.shape[0])
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            return self._compress(ids, mask, self.slots_wanted(mask.sum(1), ratio, budget), state)
+
+    def _compress(
+        self, ids: Tensor, mask: Tensor, slots: Tensor, state: CompressedContext | None
+    ) -> CompressedContext:
+        """ids, mask [B, T], packed left; slots int64 [B], the most each row may use."""
+        raise NotImplementedError(f"{type(self).__name__}._compress")
+
+    def recompress(self, context: CompressedContext, slots: Tensor) -> CompressedContext:
+        """Compress an already compressed context to `slots` [B] slots; for methods that accept a carrier."""
+        raise TypeError(f"{self.registered_name} compresses {', '.join(sorted(self.accepts))} alone")
+
+    def slots_wanted(self, lengths: Tensor, ratio: float | None, budget: int | None) -> Tensor:
+        """Slots [B] for contexts of `lengths` [B]: floor(length / ratio), at least 1 where there is a
+        token."""
+        if budget is not None:
+            return lengths.clamp_max(budget)
+        ratio = self.config.ratio if ratio is None else ratio
+        return (lengths / ratio).floor().long().clamp_min(1).minimum(lengths)
+
+    def _embeds(
+        self, embeds: Tensor, mask: Tensor, source: Tensor, *, positions: Tensor | None = None, **rest: Any
+    ) -> CompressedContext:
+        """An `embeds` context whose slots take positions 0, 1, ... unless `positions` says otherwise."""
+        if positions is None:
+            positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+        following = torch.where(mask, positions + 1, 0).amax(1) if mask.shape[1] else torch.zeros_like(source)
+        return CompressedContext(
+            self.registered_name, self.decoder.fingerprint, source, following,
+            embeds=embeds, slot_mask=mask, slot_positions=positions, **rest,
+        )  # fmt: skip
+
+    def _cached(
+        self, layers: Sequence[LayerSlots], source: Tensor, following: Tensor, **rest: Any
+    ) -> CompressedContext:
+        return CompressedContext(
+            self.registered_name, self.decoder.fingerprint, source, following, layers=tuple(layers), **rest
+        )
+
+    def full_context(self, ids: Tensor, mask: Tensor) -> CompressedContext:
+        """The uncompressed context [B, T] (packed left) as an artefact: every token a slot."""
+        return self._embeds(self.decoder.embed(ids), mask, mask.sum(1))
+
+    # ------------------------------------------------------------------ reading
+
+    def decode(
+        self, context: CompressedContext | None, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, T, V] of text after a context, and [B, V] at the last slot (embeds only, else None)."""
+        mask = checked_mask(input_ids, attention_mask, self.decoder.config.pad_token_id, "decode")
+        B, T = input_ids.shape
+        start = torch.zeros(B, dtype=torch.int64, device=input_ids.device)
+        if context is not None:
+            self._check_context(context, B)
+            start = context.next_position
+        positions = text_positions(mask, start)
+        S = 0 if context is None else self._width(context)
+        self.decoder.check_length(int(positions.max()) + 1 if T else 0, S + T)
+        embeds = self.decoder.embed(input_ids)
+        checkpoint = self.config.gradient_checkpointing and self.training
+        if context is not None and context.embeds is not None and S:
+            assert context.slot_mask is not None and context.slot_positions is not None
+            positions = torch.cat([context.slot_positions, positions], 1)
+            bias = context.slot_bias
+            if bias is not None:
+                bias = torch.cat([bias, bias.new_zeros(B, T)], 1)
+            h = self.decoder.stem(torch.cat([context.embeds.to(embeds.dtype), embeds], 1), positions)
+            keys = torch.cat([context.slot_mask, mask], 1)
+            h = self.decoder.run(h, positions, keys, bias=bias, checkpoint=checkpoint).hidden
+            last = (context.slot_mask * torch.arange(1, S + 1, device=h.device)).argmax(1)
+            first = self.decoder.head(h[torch.arange(B, device=h.device), last])
+            return self.decoder.head(h[:, S:]), first
+        past = None if context is None else context.layers
+        h = self.decoder.stem(embeds, positions)
+        h = self.decoder.run(h, positions, mask, past=past, checkpoint=checkpoint).hidden
+        return self.decoder.head(h), None
+
+    def forward(
+        self,
+        context_ids: Tensor,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        objective: str = "lm",
+        *,
+        context_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        ratio: float | None = None,
+        budget: int | None = None,
+    ) -> CompressorOutput:
+        """Compress `context_ids`, read `input_ids` after it, score it.
+
+        objective: lm (every text token), ae (the context itself is the text), qa (`labels` required, -100 on
+        the prompt), distill (KL to the same decoder with the whole context, nats per token).
+        """
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective {objective!r}{did_you_mean(objective, OBJECTIVES)}")
+        if objective == "qa" and labels is None:
+            raise ValueError("objective 'qa' scores the answer alone: give labels with -100 on the prompt")
+        context = self.compress(context_ids, context_mask, ratio=ratio, budget=budget)
+        if objective == "ae":
+            mask = checked_mask(context_ids, context_mask, self.decoder.config.pad_token_id, "compress")
+            input_ids, attention_mask = pack(context_ids, mask)
+        elif input_ids is None:
+            raise ValueError(f"objective {objective!r} needs input_ids")
+        assert input_ids is not None
+        mask = checked_mask(input_ids, attention_mask, self.decoder.config.pad_token_id, "forward")
+        logits, first = self.decode(context, input_ids, mask)
+        labels = (input_ids if labels is None else labels).masked_fill(~mask, -100)
+        if objective == "distill":
+            losses = {"distill": self._distill(context_ids, context_mask, input_ids, mask, logits)}
+        else:
+            nll = token_losses(logits, labels, first)
+            scored = labels.ne(-100).sum() if first is not None else labels[:, 1:].ne(-100).sum()
+            losses = {objective: nll.sum() / scored.clamp_min(1)}
+        extra, stats = self.extra_losses(context)
+        losses |= extra
+        total = torch.stack(list(losses.values())).sum()
+        return CompressorOutput(total, logits, context, losses, stats)
+
+    def extra_losses(self, context: CompressedContext) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A method's own weighted losses and statistics for the context just compressed."""
+        return {}, {}
+
+    def _distill(self, context_ids, context_mask, input_ids, mask, logits) -> Tensor:
+        with torch.no_grad():
+            whole = checked_mask(context_ids, context_mask, self.decoder.config.pad_token_id, "compress")
+            teacher, _ = self.decode(self.full_context(*pack(context_ids, whole)), input_ids, mask)
+        student = logits.float().log_softmax(-1)
+        kl = (teacher.float().softmax(-1) * (teacher.float().log_softmax(-1) - student)).sum(-1)
+        return (kl * mask).sum() / mask.sum().clamp_min(1)
+
+    def _width(self, context: CompressedContext) -> int:
+        if context.layers is not None:
+            return max(layer.keys.shape[2] for layer in context.layers)
+        assert context.embeds is not None
+        return context.embeds.shape[1]
+
+    def _check_context(self, context: CompressedContext, rows: int) -> None:
+        if context.fingerprint != self.decoder.fingerprint:
+            raise ValueError(
+                f"this context was made for another decoder (fingerprint {context.fingerprint}, "
+                f"this one has {self.decoder.fingerprint})"
+            )
+        if context.batch_size != rows:
+            raise ValueError(
+                f"the context has {context.batch_size} rows, the ids have {rows}; see repeat and select"
+            )
+
+    # ------------------------------------------------------------------ generating
+
+    def generate_inputs(
+        self,
+        context: CompressedContext,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: str = "dynamic",
+        copies: int = 1,
+        max_new_tokens: int = 0,
+    ) -> dict[str, Any]:
+        """What the decoder's own `generate` needs to read a prompt after a context: ids padded on the left, a
+        mask over slots and prompt, positions, and a cache filled with copies of the slots.
+
+        cache: dynamic | static | quantized.  copies: beams or returned sequences per row.
+        """
+        self._check_context(context, input_ids.shape[0])
+        mask = checked_mask(input_ids, attention_mask, self.decoder.config.pad_token_id, "generate")
+        ids, mask = pack(input_ids, mask, left=False)
+        if ids.shape[1] == 0:
+            raise ValueError("generate needs a prompt of at least one token")
+        with torch.no_grad():
+            layers = self.decoder.lower(context)
+        positions = text_positions(mask, context.next_position)
+        width = max(layer.keys.shape[2] for layer in layers) + ids.shape[1] + max_new_tokens
+        self.decoder.check_length(int(positions.max()) + 1 + max_new_tokens, width)
+        slot_mask = layers[0].mask
+        layers = tuple(
+            LayerSlots(*(t.repeat_interleave(copies, 0) for t in (x.keys, x.values, x.mask))) for x in layers
+        )
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.cat([slot_mask, mask], 1).long(),
+            "position_ids": positions,
+            "past_key_values": self.decoder.cache(layers, cache, width),
+        }
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        context: CompressedContext | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: str = "dynamic",
+        **options: Any,
+    ) -> Tensor:
+        """Prompt and continuation, int64 [B * returned sequences, T + new], by the decoder's own `generate`.
+
+        options: any of transformers' (max_new_tokens, do_sample, num_beams, ...). A context is never
+        changed: ask as many questions of it as you like. Raises ValueError where slots, prompt and
+        max_new_tokens need more positions than the decoder has.
+        """
+        model = self.decoder.model
+        if context is None:
+            mask = checked_mask(input_ids, attention_mask, self.decoder.config.pad_token_id, "generate")
+            ids, mask = pack(input_ids, mask, left=False)
+            return model.generate(ids, attention_mask=mask.long(), **options)
+        if cache == "static" and "max_new_tokens" not in options:
+            raise ValueError("cache='static' is allocated beforehand: give max_new_tokens")
+        copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
+        inputs = self.generate_inputs(
+            context, input_ids, attention_mask,
+            cache=cache, copies=copies, max_new_tokens=options.get("max_new_tokens") or 0,
+        )  # fmt: skip
+        if self.decoder.is_attached:
+            return model.generate(**inputs, **options)
+        with self.decoder.attach():
+            return model.generate(**inputs, **options)
+
+    @contextmanager
+    def attached(self) -> Iterator[Any]:
+        """The decoder itself, able to use this method's caches and transformed by its layer hooks, if any.
+
+        Hooks are removed on the way out, whatever happens. Raises RuntimeError when already attached.
+        """
+        with self.decoder.attach(self.layer_hooks()):
+            yield self.decoder.model
+
+    def layer_hooks(self) -> dict[int, Any]:
+        """Layer index -> a function of the residual stream [B, T, D] that leaves the layer."""
+        return {}
+
+    # ------------------------------------------------------------------ reporting, saving
+
+    def memory_report(self, context: CompressedContext) -> dict[str, float]:
+        """Measured bytes: kept (the artefact as carried), kv (keys and values that decoding holds), full_kv
+        (an
+        uncompressed cache of the same rows), ratio (full_kv / kv) and mean slots per row and layer."""
+        with torch.no_grad():
+            layers = self.decoder.lower(context)
+        tensors = {t.untyped_storage().data_ptr(): t for x in layers for t in (x.keys, x.values)}
+        kv = sum(t.untyped_storage().nbytes() for t in tensors.values())
+        size = layers[0].keys.element_size()
+        per_token = 2 * self.decoder.n_layers * self.decoder.n_kv_heads * self.decoder.head_dim * size
+        full = int(context.source_length.sum()) * per_token
+        slots = torch.stack([x.mask.sum(1) for x in layers]).float().mean()
+        return {
+            "kept_bytes": context.bytes(),
+            "kv_bytes": kv,
+            "full_kv_bytes": full,
+            "ratio": full / kv if kv else float("inf"),
+            "slots": float(slots),
+            "trained_parameters": sum(p.numel() for p in self.parameters() if p.requires_grad),
+        }
+
+    def description(self) -> dict[str, Any]:
+        """What `compressor_config.json` holds."""
+        name = getattr(self.decoder.config, "_name_or_path", "") or None
+        return {
+            "format": FORMAT,
+            "method": self.registered_name,
+            "config": asdict(self.config),
+            "base": None if name and os.path.isabs(name) else name,
+            "fingerprint": self.decoder.fingerprint,
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write compressor_config.json and adapter_model.safetensors: the method's own tensors and nothing
+        else."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.detach().contiguous().clone() for k, v in self.state_dict().items()}
+        partial = folder / "adapter_model.safetensors.partial"
+        save_file(tensors, str(partial), metadata={"format": "pt"})
+        os.replace(partial, folder / "adapter_model.safetensors")
+        partial = folder / "compressor_config.json.partial"
+        partial.write_text(json.dumps(self.description(), indent=2, sort_keys=True) + "\n")
+        os.replace(partial, folder / "compressor_config.json")
+
+    def push_to_hub(self, repo_id: str, folder: str | Path) -> None:
+        """Save to `folder` and upload it; needs a network and a login of huggingface_hub."""
+        from huggingface_hub import HfApi
+
+        self.save(folder)
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=str(folder))

@@ -1,0 +1,92 @@
+"""Several methods in a row, each compressing what the one before it kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.compress.base import FORMAT, ContextCompressor
+from model.compress.context import CompressedContext
+from model.compress.wrap import load_compressor
+
+
+class Chain(ContextCompressor):
+    """`Chain([first, second, ...])`: the first reads tokens, every later one the carrier of the one before.
+
+    Embeddings are lowered to a cache where the next stage wants one. A ratio or budget given to
+    `compress` is that of the whole chain; the stages before the last use their own configs.
+    Raises ValueError, when built, for fewer than one stage, stages on different decoders, and a carrier that
+    the next stage cannot take.
+    """
+
+    registered_name = "chain"
+
+    def __init__(self, stages: Sequence[ContextCompressor]) -> None:
+        if not stages:
+            raise ValueError("a chain needs at least one stage")
+        for before, after in pairwise(stages):
+            if after.decoder.model is not before.decoder.model:
+                raise ValueError("all stages of a chain wrap the same decoder")
+            if not {before.gives, "cache"} & after.accepts:
+                raise ValueError(
+                    f"{after.registered_name} accepts {', '.join(sorted(after.accepts))}, and "
+                    f"{before.registered_name} gives {before.gives}"
+                )
+        super().__init__(stages[0].decoder, stages[-1].config)
+        self.stages: Any = nn.ModuleList(stages)
+        self.eval()
+
+    @property
+    def gives(self) -> str:  # type: ignore[override]
+        return self.stages[-1].gives
+
+    def compress(self, input_ids, attention_mask=None, *, ratio=None, budget=None, state=None):
+        last = len(self.stages) - 1
+        options = {"ratio": ratio, "budget": budget}
+        context = self.stages[0].compress(
+            input_ids, attention_mask, state=state, **(options if last == 0 else {})
+        )
+        for i, stage in enumerate(self.stages[1:], 1):
+            context = self._next(stage, context, options if i == last else {})
+        return replace(context, method=self.registered_name)
+
+    def _next(self, stage: Any, context: CompressedContext, options: dict[str, Any]) -> CompressedContext:
+        if context.carrier not in stage.accepts:
+            layers = self.decoder.lower(context)
+            context = CompressedContext(
+                context.method,
+                context.fingerprint,
+                context.source_length,
+                context.next_position,
+                layers=layers,
+            )
+        held = context.slot_counts if context.carrier == "embeds" else context.slot_counts[0]
+        wanted: Tensor = stage.slots_wanted(
+            context.source_length, options.get("ratio"), options.get("budget")
+        )
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            return stage.recompress(context, wanted.minimum(held))
+
+    def save(self, folder: str | Path) -> None:
+        """Every stage in a folder of its own, and compressor_config.json naming them."""
+        folder = Path(folder)
+        names = [f"{i}_{stage.registered_name}" for i, stage in enumerate(self.stages)]
+        for name, stage in zip(names, self.stages):
+            stage.save(folder / name)
+        (folder / "compressor_config.json").write_text(json.dumps({"format": FORMAT, "chain": names}) + "\n")
+
+    @staticmethod
+    def load(folder: str | Path, base_model: Any = None) -> Chain:
+        """What `save` wrote, on one base decoder."""
+        folder = Path(folder)
+        names = json.loads((folder / "compressor_config.json").read_text())["chain"]
+        stages = [load_compressor(folder / names[0], base_model)]
+        stages += [load_compressor(folder / name, stages[0].decoder) for name in names[1:]]
+        return Chain(stages)

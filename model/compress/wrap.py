@@ -1,0 +1,69 @@
+"""Making a compressor around a decoder, and reading back a saved one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from model.compress.base import FORMAT, METHODS, CompressorConfig, ContextCompressor, method_names
+from model.compress.decoder import Decoder, load_decoder
+from model.registry import did_you_mean
+
+
+def wrap(model: Any, config: str | Mapping[str, Any] | CompressorConfig, **options: Any) -> ContextCompressor:
+    """A compressor around a causal decoder, in evaluation mode.
+
+    model: a transformers causal model of a known family, or a `Decoder`.
+    config: a method's name, a mapping with `method` and its options, or a config object; options override.
+    Raises KeyError for an unknown method, TypeError for an unknown option, ValueError for an unknown family.
+    """
+    cls, settings = _resolve(config, options)
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    return cls(decoder, settings).eval()
+
+
+def _resolve(config: Any, options: Mapping[str, Any]) -> tuple[type[ContextCompressor], CompressorConfig]:
+    if isinstance(config, CompressorConfig):
+        owners = [METHODS.get(n) for n in method_names()]
+        cls = next(c for c in owners if c.Config is type(config))  # type: ignore[attr-defined]
+        given: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(config)}
+    else:
+        given = {"method": config} if isinstance(config, str) else dict(config)
+        if "method" not in given:
+            raise KeyError(f"a compressor's config names its method: one of {', '.join(method_names())}")
+        cls = METHODS.get(given.pop("method"))
+    given |= options
+    known = [f.name for f in fields(cls.Config)]  # type: ignore[attr-defined]
+    for key in given:
+        if key not in known:
+            raise TypeError(f"{cls.registered_name}: unknown option {key!r}{did_you_mean(key, known)}")  # type: ignore[attr-defined]
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return cls, cls.Config(**given)  # type: ignore[return-value, attr-defined]
+
+
+def load_compressor(path: str | Path, base_model: Any = None) -> ContextCompressor:
+    """What `save` wrote, on its base (loaded by name when not given), in evaluation mode.
+
+    Raises FileNotFoundError, ValueError for another base decoder, RuntimeError for missing or extra tensors.
+    """
+    folder = Path(path)
+    described = json.loads((folder / "compressor_config.json").read_text())
+    if described.get("format") != FORMAT:
+        raise ValueError(f"{folder}: not a compressor (format {described.get('format')!r})")
+    if base_model is None:
+        if not described["base"]:
+            raise ValueError(f"{folder} does not name its base decoder; pass base_model")
+        base_model = load_decoder(described["base"])
+    made = wrap(base_model, {"method": described["method"], **described["config"]})
+    if made.decoder.fingerprint != described["fingerprint"]:
+        raise ValueError(
+            f"{folder} was trained on another decoder: fingerprint {described['fingerprint']}, "
+            f"this one has {made.decoder.fingerprint}"
+        )
+    made.load_state_dict(load_file(str(folder / "adapter_model.safetensors")), strict=True)
+    return made.eval()
