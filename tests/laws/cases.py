@@ -10,12 +10,25 @@ from __future__ import annotations
 from typing import Any
 
 CASES: dict[str, list[dict[str, Any]]] = {
-    "attention": [{"params": {"head_dim": 16}}],
+    "attention": [
+        {"params": {"head_dim": 16}},
+        {"params": {"head_dim": 8, "group": 2, "qk_norm": True, "position": "none"}},
+    ],
     "mamba2": [
         {"params": {"head_dim": 8, "state": 4, "groups": 2, "chunk": 8}},
         {"params": {"head_dim": 16, "state": 3, "chunk": 5, "dt_limit": [0.001, 0.5]}},
     ],
-    "swa": [{"params": {"head_dim": 16, "window": 5}}],
+    "mlp": [{"params": {"act": act}} for act in ("swiglu", "gelu", "relu2", "rwkv")],
+    "samba": [
+        {
+            "params": {
+                "mamba2": {"head_dim": 16, "state": 3, "chunk": 5},
+                "swa": {"head_dim": 16, "window": 5},
+                "mlp": {"act": "rwkv", "mult": 2.0},
+            }
+        }
+    ],
+    "swa": [{"params": {"head_dim": 16, "window": 5}}, {"params": {"head_dim": 8, "group": 4, "window": 2}}],
 }
 
 EXEMPT: dict[tuple[str, str], str] = {}
