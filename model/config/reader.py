@@ -42,6 +42,11 @@ RESERVED = {"channels": "`to` of the shell"}  # quantizer parameters that the gr
 FAIL: Any = type("Fail", (), {"__repr__": lambda self: "FAIL"})()  # an error was reported; never a value
 
 
+def _whole(values: dict[str, Any], node: Yaml) -> bool:
+    """Whether everything in a mapping could be read."""
+    return isinstance(node.value, dict) and len(values) == len(node.value)
+
+
 class Reader:
     """Values from nodes. Every method returns the value, or FAIL after reporting why."""
 
@@ -304,7 +309,7 @@ class Reader:
     def _params(self, registry: Registry, name: str, node: Yaml, path: str) -> Any:
         """Typed parameters over the file's defaults, checked by the class itself."""
         given = self._typed(registry, name, node, path)
-        if not isinstance(node.value, dict) or len(given) < len(node.value):
+        if not _whole(given, node):
             return FAIL
         values = self._filled(registry, name, given)
         good = registry is QUANTIZERS or self._valid(registry, name, values, node, path)
@@ -328,7 +333,7 @@ class Reader:
                 out[key] = known[key].default
             elif child.value is not None and is_nested(key, known[key].type):
                 inner = self._typed(BLOCKS, key, child, at)
-                out[key] = inner if len(inner) == len(child.value or ()) else FAIL
+                out[key] = inner if _whole(inner, child) else FAIL
             else:
                 out[key] = self.value(known[key].type, child, at)
         return {key: value for key, value in out.items() if value is not FAIL}

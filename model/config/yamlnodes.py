@@ -18,7 +18,7 @@ import yaml
 
 from model.schema import Mark
 
-MAX_NODES = 100_000  # aliases of aliases can unfold a small file without end
+MAX_NODES = 20_000  # aliases of aliases can unfold a small file without end
 Report = Callable[[Mark, str, str], None]  # (place, path, message)
 
 
@@ -76,6 +76,13 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # Unicode's own line breaks survive in double quotes alone.
+        style = '"' if any(c in data for c in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 for _kind, _regex, _first in _SCALARS:
     # An empty plain scalar is looked up under ''.
