@@ -91,9 +91,11 @@ class Docs:
                 their own; starts at 0, strictly increasing, ends at B*T; every row start is in it.
     max_len:    length of the longest document (padding runs not counted).
     padded:     whether any segment is -1.
+    carried:    [B] int64, the document that a state belongs to that comes with a call; None: the first
+                of each row. An id that is not in the row (a shortened document may have no position
+                left in this call): every document starts anew.
 
-    A state that comes with a call belongs to the first document of each row, whose positions go on
-    from the state's own count; every later document in the row starts anew.
+    The carried document's positions go on from the state's own count; every other one starts anew.
     """
 
     positions: Tensor
@@ -101,6 +103,7 @@ class Docs:
     cu_seqlens: Tensor
     max_len: int
     padded: bool = False
+    carried: Tensor | None = None
 
     @staticmethod
     def packed(cu_seqlens: Tensor | Sequence[int], rows: int = 1) -> Docs:
@@ -172,8 +175,8 @@ class Docs:
         return self.segments >= 0
 
     def first_segment(self) -> Tensor:
-        """[B] segment id of each row's first document (what a passed-in state belongs to); -2 if none."""
-        return self._edge(first=True)
+        """[B] segment id of the document that a passed-in state belongs to; -2 if there is none."""
+        return self._edge(first=True) if self.carried is None else self.carried
 
     def last_segment(self) -> Tensor:
         """[B] segment id of each row's last document (what the final state belongs to); -2 if none."""
@@ -185,12 +188,9 @@ class Docs:
             return self.segments.new_full((B,), -2)
         if not self.padded:
             return self.segments[:, 0 if first else -1]
-        big = torch.iinfo(self.segments.dtype).max
-        if first:
-            low = torch.where(self.tokens, self.segments, big).amin(1)
-            return torch.where(low == big, -2, low)
-        high = self.segments.amax(1)
-        return torch.where(high < 0, -2, high)
+        ids = self.segments if first else self.segments.flip(1)
+        found = ids.gather(1, (ids >= 0).int().argmax(1, keepdim=True))[:, 0]
+        return torch.where(found < 0, -2, found)
 
     def to(self, device: torch.device | str) -> Docs:
         return replace(
@@ -198,11 +198,8 @@ class Docs:
             positions=self.positions.to(device),
             segments=self.segments.to(device),
             cu_seqlens=self.cu_seqlens.to(device),
+            carried=None if self.carried is None else self.carried.to(device),
         )
-
-
-def _zero() -> Tensor:
-    return torch.zeros(())
 
 
 @dataclass(frozen=True)
@@ -217,7 +214,7 @@ class Ctx:
 
     docs: Docs | None = None
     memory: Any = None
-    progress: Tensor = field(default_factory=_zero)
+    progress: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     @staticmethod
     def packed(cu_seqlens: Tensor | Sequence[int], rows: int = 1, **rest: Any) -> Ctx:

@@ -63,7 +63,7 @@ class Quantizer(Bottleneck):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype)
             if self.norm:
-                x = F.rms_norm(x, (self.dim,), eps=1e-6)
+                x = F.rms_norm(x, (self.dim,), eps=1e-8)
             return F.linear(x, self.a.weight.to(dtype))
 
     # ------------------------------------------------------------------------- the grid

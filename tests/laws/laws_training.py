@@ -21,7 +21,7 @@ def gradcheck_with_initial_state(case: Case) -> None:
     x, warm = case.input(1, 5), case.input(1, 4, seed=3)
     state = block(warm, block.init_state(1, x, capacity=16)).state
     leaves, spec = tree_flatten(None if state is None else detach(state))
-    floats = [i for i, t in enumerate(leaves) if t is not None and t.is_floating_point()]
+    floats = [i for i, t in enumerate(leaves) if torch.is_tensor(t) and t.is_floating_point()]
     names = [n for n, _ in block.named_parameters()]
     params = [p.detach().clone().requires_grad_() for p in block.parameters()]
     given = [leaves[i].clone().requires_grad_() for i in floats]
@@ -33,7 +33,7 @@ def gradcheck_with_initial_state(case: Case) -> None:
             now[i] = t
         start = None if state is None else tree_unflatten(now, spec)
         step = torch.func.functional_call(block, values, (x_, start))
-        ends = [t for t in tree_flatten(step.state)[0] if t is not None and t.is_floating_point()]
+        ends = [t for t in tree_flatten(step.state)[0] if torch.is_tensor(t) and t.is_floating_point()]
         return (step.y, *ends)
 
     torch.manual_seed(0)

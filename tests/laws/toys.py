@@ -69,15 +69,15 @@ class Decay(Block):
 
     def row(self, u: Tensor, a: Tensor, hs: list[Tensor], seen: list[Tensor], docs: Docs, b: int) -> Tensor:
         """Run row b; hs[b] and seen[b] become its final state."""
-        first, rows, last = True, [], -2
+        rows, last = [], int(docs.first_segment()[b])
         for t in range(u.shape[1]):
             doc = int(docs.segments[b, t])
             if doc < 0 and self.bug != "reads padding":
                 rows.append(torch.zeros_like(u[b, t]))
                 continue
-            if not first and doc != last and self.bug != "document leak":
+            if doc != last and self.bug != "document leak":
                 hs[b], seen[b] = torch.zeros_like(hs[b]), torch.zeros_like(seen[b])
-            first, last = False, doc
+            last = doc
             hs[b] = a * hs[b] + u[b, t]
             seen[b] = seen[b] + 1
             rows.append(hs[b] if self.bug != "forgets" else u[b, t])
@@ -168,11 +168,11 @@ class Cache(Block):
         start = self.init_state(B, x) if state is None else state
         means, kept = [], []
         for b in range(B):
-            tokens, last, out = list(start.rows[b, : int(start.seen[b])]), None, []
+            tokens, last, out = list(start.rows[b, : int(start.seen[b])]), int(docs.first_segment()[b]), []
             for t in range(T):
                 doc = int(docs.segments[b, t])
                 if doc >= 0:
-                    tokens = tokens if last in (None, doc) else []
+                    tokens = tokens if doc == last else []
                     tokens.append(x[b, t])
                     last = doc
                 out.append(torch.stack(tokens).mean(0) if doc >= 0 else torch.zeros_like(x[b, t]))
