@@ -91,34 +91,56 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _Masks(NamedTuple):
-    """Which terms do not cross a document start; None where nothing has to be masked."""
+class _Layout(NamedTuple):
+    """Where terms would cross a document start. All of `docs` is None when every row is one document."""
 
     intra: Tensor  # [Q, Q] or [B, C, 1, Q, Q]: j reaches i
     carry: Tensor  # [C+1, C] or [B, 1, C+1, C]: what chunk j adds is alive before chunk i
-    head: Tensor | None  # [B, C, Q, 1]: the state before the chunk reaches i
-    tail: Tensor | None  # [B, C, Q, 1]: j reaches the state after the chunk
-    init: Tensor | None  # [B, 1, C+1]: the state passed in is alive before chunk i
-    through: Tensor | None  # [B, C, 1]: the state before the chunk reaches its end
+    docs: _Masks | None
 
 
-def _masks(segments: Tensor | None, first: Tensor | None, C: int, Q: int, device: torch.device) -> _Masks:
+class _Masks(NamedTuple):
+    segments: Tensor  # [B, C, Q]
+    ends: Tensor  # [B, C] the document that owns the state after the chunk
+    head: Tensor  # [B, C, Q, 1]: the state before the chunk reaches i
+    tail: Tensor  # [B, C, Q, 1]: j reaches the state after the chunk
+    init: Tensor  # [B, 1, C+1]: the state passed in is alive before chunk i
+    through: Tensor  # [B, C, 1]: the state before the chunk reaches its end
+
+
+def _layout(segments: Tensor | None, first: Tensor | None, C: int, Q: int, device: torch.device) -> _Layout:
     causal = torch.ones(Q, Q, dtype=torch.bool, device=device).tril()
     earlier = torch.ones(C + 1, C, dtype=torch.bool, device=device).tril(-1)
     if segments is None or first is None:
-        return _Masks(causal, earlier, None, None, None, None)
+        return _Layout(causal, earlier, None)
     # The document that owns the state; at first the one to which the state passed in belongs.
     ends = torch.where(segments < 0, first[:, None], segments).cummax(1).values[:, Q - 1 :: Q]
     owners = torch.cat([first[:, None], ends], 1)  # [B, C+1]: before each chunk, and after the last
     s = segments.unflatten(1, (C, Q))
-    return _Masks(
-        (causal & (s[..., :, None] == s[..., None, :]) & (s >= 0)[..., None, :])[:, :, None],
-        (earlier & (owners[:, :, None] == ends[:, None, :]))[:, None],
-        (s == owners[:, :-1, None])[..., None],
-        (s == ends[:, :, None])[..., None],
-        (owners == first[:, None])[:, None],
-        (owners[:, :-1] == ends)[..., None],
+    masks = _Masks(
+        s,
+        ends,
+        head=(s == owners[:, :-1, None])[..., None],
+        tail=(s == ends[:, :, None])[..., None],
+        init=(owners == first[:, None])[:, None],
+        through=(owners[:, :-1] == ends)[..., None],
     )
+    reach = causal & (s[..., :, None] == s[..., None, :]) & (s >= 0)[..., None, :]
+    alive = earlier & (owners[:, :, None] == ends[:, None, :])
+    return _Layout(reach[:, :, None], alive[:, None], masks)
+
+
+def _sum_in_runs(t: Tensor, runs: Tensor) -> Tensor:
+    """Running sums over dim -2 of t [..., n, H] that start anew where the id in runs [..., n] changes.
+
+    By doubling: a difference of plain running sums would carry the rounding of one document into the next.
+    """
+    step, n = 1, t.shape[-2]
+    while step < n:
+        same = (runs[..., step:] == runs[..., :-step])[..., None]
+        t = t + F.pad(torch.where(same, t[..., :-step, :], 0), (0, 0, step, 0))
+        step *= 2
+    return t
 
 
 class _Decays(NamedTuple):
@@ -132,20 +154,29 @@ class _Decays(NamedTuple):
     through: Tensor  # [B, C, H] across a chunk
 
 
-def _decays(log_a: Tensor, m: _Masks, C: int, Q: int, operand: torch.dtype) -> _Decays:
-    L = log_a.unflatten(1, (C, Q)).cumsum(2)  # [B, C, Q, H]
-    Lh = L.transpose(2, 3)
-    intra = (Lh[..., :, None] - Lh[..., None, :]).masked_fill_(~m.intra, -torch.inf).exp_()
-    head, tail = L.exp(), (L[:, :, -1:] - L).exp()
-    total = L[:, :, -1]
-    after = total.transpose(1, 2).cumsum(2)  # [B, H, C]
-    before = F.pad(after, (1, 0))
-    carry = (before[..., :, None] - after[..., None, :]).masked_fill_(~m.carry, -torch.inf).exp_()
-    init, through = before.exp(), total.exp()
-    if m.head is not None and m.tail is not None and m.init is not None and m.through is not None:
-        head, tail, init, through = head * m.head, tail * m.tail, init * m.init, through * m.through
-    head, tail = head[..., None].to(operand), tail[..., None].to(operand)
-    return _Decays(intra.to(operand), head, tail, carry, init, through)
+def _decays(log_a: Tensor, layout: _Layout, C: int, Q: int, operand: torch.dtype) -> _Decays:
+    a, docs = log_a.unflatten(1, (C, Q)), layout.docs
+    if docs is None:
+        L = a.cumsum(2)  # [B, C, Q, H]
+        total = L[:, :, -1]  # [B, C, H]
+        after = total.cumsum(1)
+    else:
+        L = _sum_in_runs(a, docs.segments)
+        total = (a * docs.tail).sum(2)
+        after = _sum_in_runs(total * docs.through, docs.ends)
+    Lh, after = L.transpose(2, 3), after.transpose(1, 2)
+    intra = (Lh[..., :, None] - Lh[..., None, :]).masked_fill_(~layout.intra, -torch.inf).exp_()
+    before = F.pad(after, (1, 0))  # [B, H, C+1]
+    carry = (before[..., :, None] - after[..., None, :]).masked_fill_(~layout.carry, -torch.inf).exp_()
+    head, tail, init, through = L.exp(), total[:, :, None] - L, before.exp(), total.exp()
+    if docs is None:
+        tail = tail.exp()
+    else:
+        head, init, through = head * docs.head, init * docs.init, through * docs.through
+        tail = tail.masked_fill(~docs.tail, -torch.inf).exp()
+    return _Decays(
+        intra.to(operand), head[..., None].to(operand), tail[..., None].to(operand), carry, init, through
+    )
 
 
 def _by_head(t: Tensor, R: int) -> Tensor:
@@ -187,7 +218,7 @@ class _ChunkedSSD(torch.autograd.Function):
         B, T, H, P = x.shape
         G, N = b.shape[2:]
         C, R = T // Q, H // G
-        d = _decays(log_a, _masks(segments, first, C, Q, x.device), C, Q, x.dtype)
+        d = _decays(log_a, _layout(segments, first, C, Q, x.device), C, Q, x.dtype)
         bg, cg = _per_group(b, C, G), _per_group(c, C, G)
         scores = cg @ bg.mT  # [B, C, G, Q, Q]
         weights = (d.intra.unflatten(2, (G, R)) * scores[:, :, :, None]).flatten(2, 3)
@@ -244,7 +275,8 @@ def _backward(
     G, N = b.shape[2:]
     C, R = T // Q, H // G
     wide = log_a.dtype
-    d = _decays(log_a, _masks(segments, first, C, Q, x.device), C, Q, x.dtype)
+    layout = _layout(segments, first, C, Q, x.device)
+    d = _decays(log_a, layout, C, Q, x.dtype)
     bg, cg = _per_group(b, C, G), _per_group(c, C, G)
     dyc, xc = dy.unflatten(1, (C, Q)), x.unflatten(1, (C, Q))  # [B, C, Q, H, P]
 
@@ -274,7 +306,7 @@ def _backward(
     dx = (bg @ dadded).transpose(2, 3).reshape(B, C, Q, H, P) * d.tail
     into = (dx * xc).sum(-1, dtype=wide)
     dL -= into
-    dL[:, :, -1] += into.sum(2) + d.through * kept
+    dtotal = (into.sum(2) + d.through * kept)[:, :, None]  # [B, C, 1, H]
 
     # intra: y += (intra * scores) x
     scores = (cg @ bg.mT)[:, :, :, None]
@@ -288,7 +320,11 @@ def _backward(
     dx = dx + (weights.mT @ dyh).transpose(2, 3)
     dc, db = dc + dscores @ bg, db + dscores.mT @ cg
 
-    dlog_a = dL.flip(2).cumsum(2).flip(2)  # of a running sum
+    # L and the total are sums of log_a
+    if layout.docs is None:
+        dlog_a = dL.flip(2).cumsum(2).flip(2) + dtotal
+    else:
+        dlog_a = _sum_in_runs(dL.flip(2), layout.docs.segments.flip(2)).flip(2) + dtotal * layout.docs.tail
     db, dc = (t.transpose(2, 3).reshape(B, T, G, N) for t in (db, dc))
     if dstate is not None:
         dstate = dstate.to(state_dtype)
