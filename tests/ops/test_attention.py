@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -13,6 +16,8 @@ from model.core import Docs, reorder
 from model.ops.attention import Places, attend
 from model.ops.attention.cache import empty_cache, extend
 from model.ops.attention.cpu import attend_cpu, attention_flops, block_size
+from model.ops.attention.flash import attend_flash
+from model.ops.attention.flex import attend_flex
 from model.ops.attention.reference import attend_reference
 from model.ops.select import BackendError
 
@@ -249,3 +254,85 @@ def test_places_that_do_not_fit_are_refused():
         attend(qkv(1, 4, 3, 2, 4)[0], *qkv(1, 4, 3, 2, 4)[1:])
     with pytest.raises(BackendError, match="no backend called 'cuda'"):
         attend(q, k, v, backend="cuda")
+
+
+@pytest.mark.parametrize("window, alibi", [(None, False), (6, True)])
+def test_flex_masks_are_the_law(window, alibi):
+    """Uncompiled, forward only: that is what runs without a GPU."""
+    docs = Docs.from_segments(
+        torch.tensor([[-1, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1], [2, 2, 3, 3, 3, 3, 3, -1, -1, -1, -1, -1]]),
+        torch.tensor([[0, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 0, 1, 2, 3, 4, 0, 0, 0, 0, 0]]),
+    )
+    q, k, v = (x.detach() for x in qkv(2, 12, 4, 2, 16, dtype=torch.float32))
+    slopes = torch.rand(4) if alibi else None
+    got = attend_flex(q, k, v, docs=docs, window=window, slopes=slopes)
+    want = attend_reference(q, k, v, docs=docs, window=window, slopes=slopes)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@CASES
+@given(layouts(), st.sampled_from([(2, 2), (4, 1)]), st.sampled_from([None, 1, 6]), st.booleans())
+@torch.no_grad()
+def test_flash_attn_is_called_as_documented(layout, heads, window, alibi):
+    """A stand-in with the signature and semantics of flash-attn 2 in the place of the package."""
+    B, T, docs = layout
+    q, k, v = qkv(B, T, *heads, 16, dtype=torch.float32)
+    slopes = torch.rand(heads[0]) if alibi else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "flash_attn", FlashStandIn("flash_attn"))
+        got = attend_flash(q, k, v, docs=docs, window=window, slopes=slopes)
+    want = attend_reference(q, k, v, docs=docs, window=window, slopes=slopes)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+class FlashStandIn(ModuleType):
+    """flash-attn 2: [total, heads, width] with cu_seqlens, window_size = (left, right), -1 is no bound."""
+
+    @staticmethod
+    def flash_attn_func(
+        q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), alibi_slopes=None
+    ):
+        T, S, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+        i, j = torch.arange(T)[:, None] + S - T, torch.arange(S)
+        left, right = window_size
+        hidden = (j > i) if causal else torch.zeros(T, S, dtype=torch.bool)
+        hidden |= (j < i - left) if left >= 0 else False
+        hidden |= (j > i + right) if right >= 0 else False
+        k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+        logits = torch.einsum("bthk,bshk->bhts", q, k) * (softmax_scale or q.shape[-1] ** -0.5)
+        if alibi_slopes is not None:
+            assert alibi_slopes.dtype == torch.float32
+            logits = logits - alibi_slopes[:, None, None] * (i - j).abs()
+        return torch.einsum("bhts,bshv->bthv", logits.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+    @classmethod
+    def flash_attn_varlen_func(
+        cls, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, **rest
+    ):
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+        lengths = cu_seqlens_q.diff().tolist()
+        assert max(lengths) <= max_seqlen_q
+        parts = zip(*(x[None].split(lengths, dim=1) for x in (q, k, v)))
+        return torch.cat([cls.flash_attn_func(*p, dropout_p, **rest) for p in parts], dim=1)[0]
+
+
+def test_gpu_backends_refuse_with_the_reason():
+    q, k, v = qkv(1, 4, 2, 1, 16)
+    for name in ("flash_attn", "flex"):
+        with pytest.raises(BackendError, match=f"{name}: needs CUDA tensors, got cpu"):
+            attend(q, k, v, backend=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("name", ["flash_attn", "flex", "cpu"])
+def test_gpu_backends_equal_the_reference(name, window):
+    docs = Docs.packed([0, 300, 301, 700, 1024], rows=2)
+    exact = qkv(2, 512, 4, 2, 64, dtype=torch.float32)
+    inputs = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in exact]
+    got = attend(*inputs, docs=docs.to("cuda"), window=window, backend=name)
+    want = attend_reference(*exact, docs=docs, window=window)
+    direction = torch.randn_like(want)
+    grads = torch.autograd.grad((got * direction.cuda()).sum(), inputs)
+    for a, b in zip((got, *grads), (want, *torch.autograd.grad((want * direction).sum(), exact))):
+        assert float(((a.cpu().float() - b).norm() / b.norm()).detach()) < 2e-2

@@ -8,14 +8,23 @@ from __future__ import annotations
 from torch import Tensor
 
 from model.ops.attention.cpu import attend_cpu
+from model.ops.attention.flash import attend_flash, supports_flash
+from model.ops.attention.flex import attend_flex, supports_flex
 from model.ops.attention.places import Places
 from model.ops.attention.reference import attend_reference
 from model.ops.documents import Documents
-from model.ops.select import Backend, choose, register
+from model.ops.select import Backend, choose, package, register
 
 __all__ = ["Places", "attend"]
 
-register("attention", Backend("cpu", attend_cpu), Backend("reference", attend_reference))
+# "cpu" is torch's SDPA: the best form on a CPU, and on a GPU what serves every call.
+register(
+    "attention",
+    Backend("flash_attn", attend_flash, supports_flash, package("flash_attn")),
+    Backend("flex", attend_flex, supports_flex),
+    Backend("cpu", attend_cpu),
+    Backend("reference", attend_reference),
+)
 
 
 def attend(
@@ -54,17 +63,14 @@ def attend(
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: {q.shape[2]} query heads do not share {k.shape[2]} key/value heads")
-    chosen = choose("attention", backend, q, k=k, v=v, docs=docs, at=at, slopes=slopes, sinks=sinks)
-    return chosen.fn(
-        q,
-        k,
-        v,
-        docs=docs,
-        at=at,
-        key_at=key_at,
-        window=window,
-        span=span,
-        scale=scale,
-        slopes=slopes,
-        sinks=sinks,
-    )
+    features = {
+        "docs": docs,
+        "at": at,
+        "key_at": key_at,
+        "window": window,
+        "span": span,
+        "scale": scale,
+        "slopes": slopes,
+        "sinks": sinks,
+    }
+    return choose("attention", backend, q, k=k, v=v, **features).fn(q, k, v, **features)
