@@ -22,7 +22,7 @@ from dataset.files import DatasetError
 from dataset.packing import Arrays
 
 if TYPE_CHECKING:
-    from dataset.views import View
+    from dataset.views import Samples
 
 
 @dataclass(frozen=True)
@@ -79,20 +79,23 @@ class Batch:
         )
 
 
-def to_torch(arrays: Arrays, view: View) -> Batch:
+def to_torch(arrays: Arrays, view: Samples) -> Batch:
     """Tensors over the same memory."""
     C = arrays.tokens.shape[1]
     weights = None if arrays.mask is None else arrays.mask.astype(np.float32)
     if arrays.lengths is not None:
         valid = np.arange(C) < arrays.lengths[:, None]
         weights = valid.astype(np.float32) if weights is None else weights * valid
+    side = arrays.side
+    if side is not None and view.side_kind == "weight":
+        weights, side = (side if weights is None else weights * side), None
     return Batch(
         torch.from_numpy(arrays.tokens),
         torch.from_numpy(arrays.cu_seqlens),
         None if weights is None else torch.from_numpy(weights),
         None if arrays.lengths is None else torch.from_numpy(arrays.lengths),
-        None if arrays.side is None else torch.from_numpy(arrays.side),
-        torch.from_numpy(view.bytes_per_token),
+        None if side is None else torch.from_numpy(side),
+        torch.from_numpy(view.text_bytes),
     )
 
 
@@ -106,7 +109,7 @@ class Loader:
 
     def __init__(
         self,
-        view: View,
+        view: Samples,
         global_batch: int,
         rank: int = 0,
         world: int = 1,
@@ -135,13 +138,12 @@ class Loader:
         self.step = int(state["step"])
 
     def _read(self, step: int) -> Batch:
-        from dataset.views import local_samples
-
-        samples = local_samples(step, self.global_batch, self.rank, self.world)
-        if self.device.type != "cuda":
-            return to_torch(self.view.arrays(samples), self.view).to(self.device)
-        narrow = self.view.dataset.splits[self.view.split.name].shards[0].tok.dtype
-        return to_torch(self.view.arrays(samples, narrow), self.view).pin()
+        """On a GPU's behalf the ids stay narrow, in pinned memory; `Batch.to` widens them there."""
+        gpu = self.device.type == "cuda"
+        dtype = self.view.narrow if gpu else np.dtype(np.int64)
+        arrays = self.view.step_arrays(step, self.global_batch, self.rank, self.world, dtype)
+        batch = to_torch(arrays, self.view)
+        return batch.pin() if gpu else batch
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -89,3 +89,56 @@ class Permutation:
             left = left ^ (_mix(right, self._keys[r]) & ((one << wide) - one))
             x = (left << narrow) | right
         return x
+
+
+class BlockPermutation:
+    """A bijection of 0..n-1 for cold or remote data: whole blocks move, then rows within a window of blocks.
+
+    Rows of a window (`window` blocks of `block` rows) come from `window` places in the files, so a window's
+    reads can be fetched together; the state is the same one integer.
+    """
+
+    def __init__(self, n: int, key: int, block: int = 64, window: int = 16) -> None:
+        self.n, self._block, self._span, self._key = n, block, block * window, key
+        self._blocks = n // block  # the rows after the last whole block stay at the end
+        self._moved = Permutation(max(self._blocks, 1), derive(key, "blocks"))
+
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
+        ids = np.asarray(ids, np.int64)
+        mixed = np.empty_like(ids)
+        for w in np.unique(ids // self._span).tolist():
+            here = ids // self._span == w
+            start = w * self._span
+            local = Permutation(min(self._span, self.n - start), derive(self._key, "window", w))
+            mixed[here] = local(ids[here] - start) + start
+        whole = mixed < self._blocks * self._block
+        number, within = np.divmod(mixed[whole], self._block)
+        mixed[whole] = self._moved(number) * self._block + within
+        return mixed
+
+    take = __call__
+
+
+def chairman(weights: list[int]) -> np.ndarray:
+    """int32 [sum of weights]: which source each draw of a period comes from.
+
+    After any n draws every source i was drawn within 1 of n*w_i/sum(w) times: Tijdeman's schedule for the
+    chairman assignment problem (1980). Of the sources that may be drawn without getting ahead, the one that
+    would first fall behind is drawn.
+    """
+    total = sum(weights)
+    k = sum(w > 0 for w in weights)
+    slack = total * (2 * k - 2)  # everything is scaled by total*(2k-2), so that it stays in integers
+    counts = [0] * len(weights)
+    table = np.empty(total, np.int32)
+    for n in range(1, total + 1):
+        best, pick = None, -1
+        for i, w in enumerate(weights):
+            lead = (n * w - counts[i] * total) * (2 * k - 2)
+            if w and (k == 1 or lead >= total):
+                urgency = (slack - total - lead) / w
+                if best is None or urgency < best:
+                    best, pick = urgency, i
+        table[n - 1] = pick
+        counts[pick] += 1
+    return table

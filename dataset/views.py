@@ -1,5 +1,7 @@
 """A view turns a sample number into a row: context, packing, split, seed and order, over one dataset.
 
+Shape legend: b rows of this rank  C context.
+
 The state of a loader is the number of the next batch and `view.id`; there is no other. Samples are numbered
 over all epochs; epoch e is a permutation of the rows keyed by (seed, e, dataset id), and step s of a global
 batch G holds samples s*G .. (s+1)*G, cut into `world` equal runs. So every world size sees the same batches.
@@ -7,7 +9,7 @@ batch G holds samples s*G .. (s+1)*G, cut into `world` equal runs. So every worl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +17,15 @@ import numpy as np
 
 from dataset.files import DatasetError, canonical, digest
 from dataset.format import Dataset, Split
-from dataset.order import Permutation, derive
-from dataset.packing import Arrays, ConcatRows
+from dataset.order import BlockPermutation, Permutation, derive
+from dataset.packing import Arrays, ConcatRows, PlannedRows, Rows
+from dataset.pieces import ALGORITHM, PLANNERS, Selection, pieces_for
+from dataset.sidecar import Sidecar
 
 if TYPE_CHECKING:
     from dataset.loader import Batch
 
-PACKINGS = ("concat",)
+SHUFFLES = (True, False, "rows", "block")
 
 
 def local_samples(step: int, global_batch: int, rank: int, world: int) -> np.ndarray:
@@ -37,13 +41,62 @@ def local_samples(step: int, global_batch: int, rank: int, world: int) -> np.nda
     return np.arange(first, first + b, dtype=np.int64)
 
 
-class View:
-    """Rows of one split in a keyed order.
+class Samples:
+    """Anything that gives rows by sample number: a view, a mixture, a length schedule.
 
-    context: ids a row. packing: "concat". seed: of the order. split: "train" or "heldout".
-    shuffle: True, or False for rows in stored order.
-    rows: an epoch's. dropped_tokens: ids that an epoch leaves out. id: hash of all that decides the batches.
-    bytes_per_token: int32 [vocab], text bytes of every id.
+    id: hash of all that decides the batches. context: C. text_bytes: int32 [vocab], text bytes of every id.
+    narrow: dtype of the stored ids. side_kind: "loss", "weight" or None, of `Arrays.side`.
+    """
+
+    id: str
+    context: int
+    rows: int
+    text_bytes: np.ndarray
+    narrow: np.dtype
+    tokenizer_identity: str
+    side_kind: str | None = None
+
+    def arrays(self, samples: np.ndarray, dtype: np.dtype | type = np.int64) -> Arrays:
+        """The rows of some sample numbers (int64 [b], increasing), as numpy."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def step_arrays(self, step: int, global_batch: int, rank: int, world: int, dtype=np.int64) -> Arrays:
+        """The rows of `rank` at `step`."""
+        return self.arrays(local_samples(step, global_batch, rank, world), dtype)
+
+    def batch(self, step: int, global_batch: int, rank: int = 0, world: int = 1) -> Batch:
+        """This rank's part of global batch `step`: tokens [global_batch/world, context], torch.
+
+        Raises DatasetError when the batch does not divide among the ranks.
+        """
+        from dataset.loader import to_torch
+
+        return to_torch(self.step_arrays(step, global_batch, rank, world), self)
+
+    def epoch(self, batch: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """Every row exactly once over all ranks, the last batches smaller: for evaluation."""
+        from dataset.loader import to_torch
+
+        mine = np.arange(rank, self.rows, world, dtype=np.int64)
+        for at in range(0, len(mine), batch):
+            yield to_torch(self.arrays(mine[at : at + batch]), self)
+
+    @property
+    def bytes_per_token(self) -> np.ndarray:
+        """int32 [vocab]: UTF-8 text bytes that each id stands for; EOS 0."""
+        return self.text_bytes
+
+
+class View(Samples):
+    """Rows of one split of one dataset in a keyed order.
+
+    context: ids a row. seed: of the order. split: "train" or "heldout".
+    packing: "concat" (all documents joined and cut), "best_fit" (no document that fits is split; almost no
+        padding), "documents" (one document a row, padded; longer ones take several rows).
+    shuffle: True, False (stored order), or "block" (blocks of 64 rows: for cold or remote files).
+    min_tokens, max_tokens, byte_budget: choose documents, see `pieces.Selection`.
+    sidecar: name of stored per-token values, see `dataset.sidecar`.
+    rows: an epoch's. dropped_tokens: ids that an epoch leaves out.
     """
 
     def __init__(
@@ -54,40 +107,56 @@ class View:
         packing: str = "concat",
         seed: int = 0,
         split: str = "train",
-        shuffle: bool = True,
+        shuffle: bool | str = True,
+        sidecar: str | None = None,
+        min_tokens: int = 0,
+        max_tokens: int = 0,
+        byte_budget: int = 0,
     ) -> None:
         if context < 1:
             raise DatasetError(f"context {context}: at least 1 id a row is needed")
-        if packing not in PACKINGS:
-            raise DatasetError(f"packing {packing!r}: allowed are {', '.join(PACKINGS)}")
-        self.dataset, self.context, self.seed, self.shuffle = dataset, context, seed, shuffle
+        if packing not in PLANNERS:
+            raise DatasetError(f"packing {packing!r}: allowed are {', '.join(sorted(PLANNERS))}")
+        if shuffle not in SHUFFLES:
+            raise DatasetError(f"shuffle {shuffle!r}: allowed are True, False, 'block'")
+        if min(min_tokens, max_tokens, byte_budget) < 0:
+            raise DatasetError("min_tokens, max_tokens and byte_budget must not be negative")
+        self.dataset, self.context, self.seed = dataset, context, seed
+        self.shuffle: bool | str = True if shuffle == "rows" else shuffle
         self.split = _split(dataset, split)
-        self.source = ConcatRows(self.split, context)
+        self.text_bytes = dataset.tokenizer.bytes_per_token
+        self.tokenizer_identity = dataset.tokenizer_identity
+        self.narrow = self.split.shards[0].tok.dtype
+        side = Sidecar(dataset, sidecar) if sidecar else None
+        self.side_kind = side.kind if side else None
+        selection = Selection(min_tokens, max_tokens, byte_budget)
+        self.source = _rows(self.split, context, packing, selection, side)
         self.rows = self.source.rows
         self.dropped_tokens = self.source.dropped_tokens
         self.settings: dict[str, Any] = {
             "dataset": dataset.id,
             "split": split,
             "context": context,
-            "packing": packing,
+            "packing": [packing, ALGORITHM],
+            "selection": vars(selection),
             "seed": seed,
-            "shuffle": shuffle,
+            "shuffle": self.shuffle,
+            "sidecar": side.id if side else None,
         }
         self.id = digest(canonical(self.settings))
         self._order = lru_cache(maxsize=4)(self._permutation)
 
-    @property
-    def bytes_per_token(self) -> np.ndarray:
-        return self.dataset.tokenizer.bytes_per_token
-
-    def _permutation(self, epoch: int) -> Permutation:
-        return Permutation(self.rows, derive(self.seed, epoch, self.dataset.id, self.split.name))
+    def _permutation(self, epoch: int) -> Permutation | BlockPermutation:
+        kind = BlockPermutation if self.shuffle == "block" else Permutation
+        return kind(self.rows, derive(self.seed, epoch, self.dataset.id, self.split.name))
 
     def locate(self, samples: np.ndarray) -> np.ndarray:
         """Row numbers, int64 [b], of sample numbers over all epochs."""
         epochs, within = np.divmod(samples, self.rows)
         if not self.shuffle:
             return within
+        if len(epochs) and epochs[0] == epochs[-1]:
+            return self._order(int(epochs[0])).take(within)
         rows = np.empty_like(within)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
@@ -95,25 +164,72 @@ class View:
         return rows
 
     def arrays(self, samples: np.ndarray, dtype: np.dtype | type = np.int64) -> Arrays:
-        """The rows of some sample numbers (increasing), as numpy."""
         return self.source.read(self.locate(samples), dtype)
 
-    def batch(self, step: int, global_batch: int, rank: int = 0, world: int = 1) -> Batch:
-        """This rank's part of global batch `step`: tokens [global_batch/world, context], torch.
+    def tokens(self, samples: np.ndarray, dtype: np.dtype | type | None = None) -> np.ndarray:
+        """[b, C] ids alone, in the stored dtype: for readers that need no boundaries (concat only)."""
+        if not isinstance(self.source, ConcatRows):
+            raise DatasetError("rows without boundaries exist for packing 'concat' only")
+        return self.source.read_tokens(self.locate(samples), dtype or self.narrow)
 
-        Raises DatasetError when the batch does not divide among the ranks.
-        """
-        from dataset.loader import to_torch
 
-        return to_torch(self.arrays(local_samples(step, global_batch, rank, world)), self)
+class LengthSchedule(Samples):
+    """Short rows first: every row of `view` is cut into rows of the stage's context.
 
-    def epoch(self, batch: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Every row exactly once over all ranks, the last batches smaller: for evaluation."""
-        from dataset.loader import to_torch
+    stages: [(first step, context)], the first at step 0; every context divides the view's. A global batch
+    counts rows of the view, so every step has the same number of ids, and each id still comes once an epoch.
+    Raises DatasetError for contexts that do not divide, or unordered stages.
+    """
 
-        mine = np.arange(rank, self.rows, world, dtype=np.int64)
-        for at in range(0, len(mine), batch):
-            yield to_torch(self.arrays(mine[at : at + batch]), self)
+    def __init__(self, view: Samples, stages: Sequence[tuple[int, int]]) -> None:
+        steps = [step for step, _ in stages]
+        if not steps or steps[0] != 0 or sorted(set(steps)) != steps:
+            raise DatasetError(f"length schedule: stages must start at step 0 and increase, got {steps}")
+        for _, context in stages:
+            if context < 1 or view.context % context:
+                raise DatasetError(
+                    f"length schedule: context {context} does not divide the view's {view.context}"
+                )
+        self._view, self._stages = view, [(int(s), int(c)) for s, c in stages]
+        self.context, self.rows = view.context, view.rows
+        self.text_bytes, self.narrow, self.side_kind = view.text_bytes, view.narrow, view.side_kind
+        self.tokenizer_identity = view.tokenizer_identity
+        self.settings = {"view": view.id, "stages": [list(s) for s in self._stages]}
+        self.id = digest(canonical(self.settings))
+
+    def context_at(self, step: int) -> int:
+        """Ids a row at `step`."""
+        return [context for start, context in self._stages if start <= step][-1]
+
+    def arrays(self, samples: np.ndarray, dtype: np.dtype | type = np.int64) -> Arrays:
+        return self._view.arrays(samples, dtype)
+
+    def step_arrays(self, step: int, global_batch: int, rank: int, world: int, dtype=np.int64) -> Arrays:
+        rows = super().step_arrays(step, global_batch, rank, world, dtype)
+        return shorten(rows, self.context_at(step))
+
+
+def shorten(rows: Arrays, context: int) -> Arrays:
+    """Each row cut into rows of `context` ids (a divisor of the row length)."""
+    b, C = rows.tokens.shape
+    if context == C:
+        return rows
+    lengths = rows.lengths
+    if lengths is not None:
+        starts = np.arange(0, C, context)
+        lengths = np.clip(lengths[:, None] - starts, 0, context).reshape(-1)
+    cu = np.union1d(rows.cu_seqlens, np.arange(0, b * C + 1, context)).astype(np.int32)
+
+    def cut(x):
+        return None if x is None else x.reshape(-1, context)
+
+    return Arrays(rows.tokens.reshape(-1, context), cu, lengths, cut(rows.mask), cut(rows.side))
+
+
+def _rows(split: Split, context: int, packing: str, selection: Selection, side: Sidecar | None) -> Rows:
+    if packing == "concat" and selection.everything:
+        return ConcatRows(split, context, side)
+    return PlannedRows(split, context, pieces_for(split, packing, context, selection), side)
 
 
 def _split(dataset: Dataset, name: str) -> Split:
