@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from model.quant.base import upkeep
 from model.schema import Config
 from train import optim
 from train.errors import Diverged
@@ -91,6 +92,7 @@ def train_step(state: TrainState, micros: Sequence[Micro], config: Config, world
     )
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
     step_or_skip(state, lr, applied)
+    upkeep(lm)
     tokens = config.run.batch * config.run.context
     state.step += 1
     state.tokens += tokens

@@ -48,7 +48,8 @@ class Quantizer(Bottleneck):
         """x [B, T, D] -> code [B, T, C] on the grid, in x's dtype."""
         docs = docs_of(ctx)
         keep = docs.tokens if docs is not None and docs.padded else None
-        z_q, aux = self.quantize(self.down(x), keep)
+        with torch.autocast(x.device.type, enabled=False):
+            z_q, aux = self.quantize(self.down(x), keep)
         return Entered(z_q.to(x.dtype), ctx=ctx, aux=aux)
 
     def exit(
@@ -68,6 +69,10 @@ class Quantizer(Bottleneck):
 
     # ------------------------------------------------------------------------- the grid
 
+    def bound(self, z: Tensor) -> Tensor:
+        """The smooth part of the map onto the grid, whose gradient `quantize` has; here none."""
+        return z
+
     def quantize(self, z: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Aux]:
         """z [..., C] -> (z_q [..., C] on the grid, by-products). Gradients pass straight through.
 
@@ -85,7 +90,7 @@ class Quantizer(Bottleneck):
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> codes, int64 [B, T, K]: what to store. K is C for a quantizer of channels."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             return self.encode_z(self.down(x))
 
     @property
@@ -95,6 +100,13 @@ class Quantizer(Bottleneck):
 
     def upkeep(self) -> None:
         """What codebooks need after the optimizer's step; called on every rank. Nothing by default."""
+
+
+def upkeep(model: nn.Module) -> None:
+    """The upkeep of every quantizer of a model: once after each optimizer step, on every rank."""
+    for module in model.modules():
+        if isinstance(module, Quantizer):
+            module.upkeep()
 
 
 def straight_through(z: Tensor, grid: Tensor) -> Tensor:

@@ -60,7 +60,10 @@ class ScalarQuantizer(Quantizer):
             codes = self.encode_z(z)
             grid = self._grid(codes, z.dtype)
             stats = code_stats(codes, self.levels, keep, self._bits)
-        return straight_through(z.clamp(-REACH, REACH), grid), Aux(stats=stats)
+        return straight_through(self.bound(z), grid), Aux(stats=stats)
+
+    def bound(self, z: Tensor) -> Tensor:
+        return z.clamp(-REACH, REACH)
 
 
 @quantizer("fsq")

@@ -37,4 +37,17 @@ QUANT_CASES: dict[str, list[dict[str, Any]]] = {
     "int8": [{"params": {"channels": 6}}, {"params": {"channels": 40}}],
     "fsq": [{"params": {"channels": 6}}, {"params": {"levels": [2, 3, 8, 255]}}],
     "none": [{"params": {"channels": 6}}],
+    "vq": [
+        {"params": {"channels": 6, "codes": 16}},
+        {"params": {"channels": 6, "groups": 3, "cosine": True}},
+    ],
+    "rvq": [{"params": {"channels": 6, "codes": 16, "stages": 3}}],
+    "simvq": [{"params": {"channels": 6, "codes": 16}}],
+    "lfq": [{"params": {"channels": 6}}],
+    "bsq": [{"params": {"channels": 6}}],
+}
+
+QUANT_EXEMPT: dict[tuple[str, str], str] = {
+    ("rvq", "codes_survive_a_round_trip"): "a greedy search: a sum of codes may have other codes as near",
+    ("simvq", "flops_equal_the_counter"): "turning the table is done once a call, whatever B and T",
 }
