@@ -129,7 +129,7 @@ class Mamba2(Block):
         )
         y = torch.addcmul(y, u, self.D.to(u.dtype)[:, None])
         y = self.out_proj(self.norm(y.flatten(-2), z))
-        if state is None or conv_after is None:
+        if state is None or conv_after is None or ssm_after is None:
             return Step(y)
         return Step(y, Mamba2State(conv_after.to(state.conv.dtype), ssm_after))
 
