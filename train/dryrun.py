@@ -27,7 +27,7 @@ def dry_run(stage: Stage, world: World) -> int:
     state, growth = assemble(stage, world)
     for line in growth.lines() if growth else ():
         log.say(f"  {line}")
-    feed = Feed(stage.data.view(config.run.context, seed=config.run.seed), config.run, world)
+    feed = Feed(stage.view, config.run, world)
     times = []
     try:
         for step in range(STEPS):

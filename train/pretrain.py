@@ -30,7 +30,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--data", type=Path, default=None, help="prepared dataset (default data/pystdlib)")
     p.add_argument(
-        "--run", type=Path, default=None, help="run folder (default runs/<arch>; several: its parent)"
+        "--run",
+        "--run-dir",
+        type=Path,
+        default=None,
+        help="run folder (default runs/<arch>); several archs: its parent. Under torchrun write --run-dir: "
+        "torchrun takes --run for one of its own options",
     )
     p.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
     p.add_argument("--init-from", type=Path, default=None, metavar="RUN", help="start from these weights")

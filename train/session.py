@@ -27,7 +27,7 @@ from model.lm import LanguageModel
 from model.schema import Config, ConfigError
 from train import checkpoint, optim, outer, rundir
 from train.errors import EXIT_DIVERGED, EXIT_USER, Diverged, UserError, is_disk_full
-from train.feed import Feed
+from train.feed import Feed, micro_rows
 from train.hooks import RunHooks, Signals
 from train.loop import fit
 from train.metrics import Log, peak_flops, rewind
@@ -65,6 +65,8 @@ class Stage:
 
     config: Config
     data: Dataset
+    view: View
+    heldout: View | None
     folder: Path
     source: Source | None
     begun: bool
@@ -103,7 +105,7 @@ def _complain(message: str, code: int) -> int:
 
 def run_stage(request: Request, arch: str, world: World, signals: Signals) -> int:
     """One run from its first step, or from its newest checkpoint, to its end. Returns the exit code."""
-    stage = prepare(request, arch)
+    stage = prepare(request, arch, world)
     if request.dry_run:
         from train.dryrun import dry_run
 
@@ -126,11 +128,13 @@ def run_stage(request: Request, arch: str, world: World, signals: Signals) -> in
 # ----------------------------------------------------------------------------- checks
 
 
-def prepare(request: Request, arch: str) -> Stage:
+def prepare(request: Request, arch: str, world: World) -> Stage:
     """Read and check everything; nothing is written. Raises ConfigError, DatasetError or UserError."""
     config = load(arch, request.sets)
     data = open_data(request.data, config)
-    config = settle(config, data)
+    view = data.view(config.run.context, seed=config.run.seed)
+    config = settle(config, data, view)
+    micro_rows(config.run, world)  # refuses a batch that does not divide among the ranks
     folder = request.folder(config)
     begun = rundir.exists(folder)
     if begun and not request.dry_run:
@@ -147,7 +151,7 @@ def prepare(request: Request, arch: str) -> Stage:
         source = find_source(request, config, folder)
     if source is not None:
         data.require(identity=source.tokenizer)
-    return Stage(config, data, folder, source, begun)
+    return Stage(config, data, view, heldout_view(config, data), folder, source, begun)
 
 
 def open_data(path: Path | None, config: Config) -> Dataset:
@@ -160,14 +164,13 @@ def open_data(path: Path | None, config: Config) -> Dataset:
     return dataset.open(path or DATA)
 
 
-def settle(config: Config, data: Dataset) -> Config:
+def settle(config: Config, data: Dataset, view: View) -> Config:
     """Fill in what depends on the dataset: vocabulary and number of steps. Raises ConfigError."""
     run = config.run
     if run.steps is not None and run.tokens is not None:
         raise ConfigError([f"{config.name}: give run.steps or run.tokens, not both"])
     steps = run.steps
     if steps is None:
-        view = data.view(run.context, seed=run.seed)
         tokens = run.tokens if run.tokens is not None else view.rows * run.context
         steps = math.ceil(tokens / (run.batch * run.context))  # without either: once through the data
     if config.vocab is not None:
@@ -177,6 +180,16 @@ def settle(config: Config, data: Dataset) -> Config:
             [f"{config.name}: grow.when: plateau needs a constant learning rate; set schedule.kind to wsd"]
         )
     return replace(config, vocab=data.vocab, run=replace(run, steps=steps, tokens=None))
+
+
+def heldout_view(config: Config, data: Dataset) -> View | None:
+    """Held-out rows in an order of their own, the same for every run; None when nothing was held out."""
+    try:
+        return data.view(config.run.context, seed=0, split="heldout")
+    except DatasetError:
+        if config.grow.when == "plateau":
+            raise
+        return None
 
 
 def find_source(request: Request, config: Config, folder: Path) -> Source | None:
@@ -206,10 +219,10 @@ def command_for(request: Request, name: str, unfinished: Path | None) -> str:
     if request.data is not None:
         words += ["--data", str(request.data)]
     if unfinished is not None:
-        words += ["--run", str(unfinished), "--resume"]
+        words += ["--run-dir", str(unfinished), "--resume"]
     elif request.run is not None:
         root = request.run if len(request.archs) > 1 else request.run.parent
-        words += ["--run", str(root / name)]
+        words += ["--run-dir", str(root / name)]
     for item in request.sets:
         words += ["--set", item]
     return shlex.join(words)
@@ -322,24 +335,14 @@ def announce(stage: Stage, state: TrainState, growth: grow.Growth | None, log: L
         log.write("event", 0, event="grown", loaded=growth.loaded, fresh=growth.fresh, frozen=growth.frozen)
 
 
-def heldout_view(stage: Stage) -> View | None:
-    """Held-out rows in an order of their own, the same for every run; None when nothing was held out."""
-    try:
-        return stage.data.view(stage.config.run.context, seed=0, split="heldout")
-    except DatasetError:
-        if stage.config.grow.when == "plateau":
-            raise
-        return None
-
-
 def train(stage: Stage, state: TrainState, log: Log, world: World, signals: Signals) -> int:
     """Fit, with the folder's status kept true. Returns the exit code."""
     config = stage.config
     peak = float(
         world.sum(torch.tensor([peak_flops(world.device, config.run.precision)], device=world.device))
     )
-    hooks = RunHooks(stage.folder, config, heldout_view(stage), log, world, signals, peak)
-    feed = Feed(stage.data.view(config.run.context, seed=config.run.seed), config.run, world)
+    hooks = RunHooks(stage.folder, config, stage.heldout, log, world, signals, peak)
+    feed = Feed(stage.view, config.run, world)
     where: Any = lambda: {"step": state.step, "total": state.schedule.total, "tokens": state.tokens}  # noqa: E731
     try:
         if state.step == 0:
@@ -364,10 +367,9 @@ def train(stage: Stage, state: TrainState, log: Log, world: World, signals: Sign
 
 def sample(stage: Stage, state: TrainState, log: Log, world: World, new: int = 120) -> None:
     """A continuation of the first held-out text, for the report."""
-    view = heldout_view(stage)
-    if view is None or not world.main:
+    if stage.heldout is None or not world.main:
         return
-    prompt = view.batch(0, 1).tokens[:, : min(32, stage.config.run.context)].to(world.device)
+    prompt = stage.heldout.batch(0, 1).tokens[:, : min(32, stage.config.run.context)].to(world.device)
     ids = state.model.generate(prompt, max_new_tokens=new, temperature=0.8, top_p=0.95, seed=0)[0].tolist()
     decode, cut = stage.data.tokenizer.decode, prompt.shape[1]
     log.write("sample", state.step, tokens=state.tokens, prompt=decode(ids[:cut]), text=decode(ids[cut:]))

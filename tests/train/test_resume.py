@@ -1,0 +1,77 @@
+"""A run that was stopped and resumed is the run that was not: bit for bit."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.train.conftest import Fit, equal
+from train import checkpoint
+
+
+def test_resumed_twice_is_bit_equal(request_of) -> None:
+    whole = Fit(request_of("whole"))
+    assert whole.finished
+    for stop, resume in (
+        (5, False),
+        (10, True),
+    ):  # no multiple of log_, save_ or eval_every
+        part = Fit(request_of("parts", resume=resume), stop_after=stop)
+        assert not part.finished and part.state.step == stop
+    parts = Fit(request_of("parts", resume=True))
+    assert parts.finished
+    assert equal(whole.tensors(), parts.tensors())
+    assert whole.losses() == parts.losses()
+
+
+def test_going_back_to_an_older_checkpoint_gives_the_same_end(request_of) -> None:
+    whole = Fit(request_of("run", "run.keep=9"))
+    newest = checkpoint.saved(whole.stage.folder)[0]
+    (newest / checkpoint.MODEL).write_bytes(b"half")
+    again = Fit(request_of("run", "run.keep=9", resume=True))
+    assert equal(whole.tensors(), again.tensors())
+    assert whole.losses() == again.losses()
+    assert checkpoint.verify(newest) == 12  # the damaged one was set aside, not written into
+
+
+def test_killed_before_the_first_checkpoint(request_of) -> None:
+    import shutil
+
+    whole = Fit(request_of("whole"))
+    part = Fit(request_of("part"), stop_after=2)
+    shutil.rmtree(checkpoint.folder_of(part.stage.folder))
+    again = Fit(request_of("part", resume=True))
+    assert equal(whole.tensors(), again.tensors()) and whole.losses() == again.losses()
+
+
+def test_micro_batches_do_not_change_the_step(request_of) -> None:
+    one, four = Fit(request_of("one", "run.micro=4")), Fit(request_of("four", "run.micro=1"))
+    for name, value in one.tensors().items():
+        torch.testing.assert_close(four.tensors()[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_bf16_resume_is_bit_equal(request_of) -> None:
+    whole = Fit(request_of("whole", "run.precision=bf16"))
+    Fit(request_of("parts", "run.precision=bf16"), stop_after=7)
+    parts = Fit(request_of("parts", "run.precision=bf16", resume=True))
+    assert equal(whole.tensors(), parts.tensors()) and whole.losses() == parts.losses()
+
+
+def test_growth_starts_where_the_smaller_model_ended(request_of, place) -> None:
+    from train.rundir import set_status
+
+    small = Fit(request_of("small1", arch="small1"))
+    set_status(small.stage.folder, "complete", step=8)
+    grown = Fit(request_of("small2", arch="small2"), stop_after=5)
+    at = {r["step"]: r for r in grown.records if r["kind"] == "eval"}
+    end = [r for r in small.records if r["kind"] == "eval"][-1]
+    assert at[0]["losses"] == end["losses"]  # bit-equal logits at insertion, blend 0
+    names = {n for group in grown.state.optimizer.param_groups for n in group["names"]}
+    frozen = {n for n, p in grown.state.model.named_parameters() if not p.requires_grad}
+    assert frozen and not names & frozen
+    old = small.state.model_tensors()
+    assert all(torch.equal(grown.state.model_tensors()[n], old[n]) for n in frozen if n in old)
+    scales = {n: g["lr_scale"] for g in grown.state.optimizer.param_groups for n in g["names"]}
+    assert scales["heads.next.norm.weight"] == 0.5 and grown.state.origin == small.state.tokens
+    whole = Fit(request_of("again2", arch="small2"))
+    rest = Fit(request_of("small2", arch="small2", resume=True))
+    assert equal(whole.tensors(), rest.tensors()) and whole.losses() == rest.losses()
