@@ -1,0 +1,130 @@
+"""Adapters of flash-linear-attention's kernels for GPUs: layouts, documents and states, nothing else.
+
+Shape legend: B batch  T time  H heads  K key width  V value width  S runs of `cu_seqlens`.
+
+fla packs documents as one row with `cu_seqlens` and one state for every run; here a state belongs to a
+row. Written against fla 0.6 and checked against its kernels in Triton's interpreter (`make oracles`); not
+run on a GPU here. All kernels are called with a state layout of [K, V], their functional default.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.ops.documents import Documents
+from model.ops.linear.chunks import zero_padding
+from model.ops.select import Reason, needs_cuda
+
+
+def refusal(x: Tensor, **features: Any) -> Reason:
+    """Why the kernels cannot serve, or None."""
+    return "an empty input has nothing to launch" if x.numel() == 0 else needs_cuda(x, **features)
+
+
+def delta_refusal(x: Tensor, **features: Any) -> Reason:
+    """As `refusal`; the kernel of the ungated delta rule has no fp32."""
+    if x.dtype == torch.float32:
+        return "its kernel needs fp16 or bf16, got torch.float32"
+    return refusal(x, **features)
+
+
+def _kernel(module: str, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    return getattr(importlib.import_module(f"fla.ops.{module}"), name)
+
+
+def gla_fla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    scale: float,
+    state: Tensor | None = None,
+    docs: Documents | None = None,
+    floor: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `gla`; one token is served by the recurrent kernel."""
+    if q.shape[1] == 1:
+        kernel = _kernel("gla", "fused_recurrent_gla")
+        return _run(lambda q, k, v, g, **kw: kernel(q, k, v, gk=g, **kw), (q, k, v, g), scale, state, docs)
+    return _run(_kernel("gla", "chunk_gla"), (q, k, v, g), scale, state, docs)
+
+
+def rwkv6_fla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    *,
+    u: Tensor,
+    scale: float,
+    state: Tensor | None = None,
+    docs: Documents | None = None,
+    floor: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `rwkv6`; one token is served by the recurrent kernel."""
+    kernel = _kernel("rwkv6", "fused_recurrent_rwkv6" if q.shape[1] == 1 else "chunk_rwkv6")
+    return _run(lambda *args, **kw: kernel(*args, u, **kw), (q, k, v, g), scale, state, docs)
+
+
+def delta_fla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    *,
+    beta: Tensor,
+    scale: float,
+    state: Tensor | None = None,
+    docs: Documents | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `delta_rule`, with the kernel of the plain, the gated or the per-channel gated rule."""
+    one = q.shape[1] == 1
+    prefix = "fused_recurrent" if one else "chunk"
+    if g is None:
+        return _run(_kernel("delta_rule", f"{prefix}_delta_rule"), (q, k, v, beta), scale, state, docs)
+    name = "kda" if g.dim() == 4 else "gated_delta_rule"
+    kernel = _kernel(name, f"{prefix}_{name}")
+    call = lambda q, k, v, g, beta, **kw: kernel(q, k, v, g=g, beta=beta, **kw)  # noqa: E731
+    return _run(call, (q, k, v, g, beta), scale, state, docs)
+
+
+def _run(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+    inputs: tuple[Tensor, ...],
+    scale: float,
+    state: Tensor | None,
+    docs: Documents | None,
+) -> tuple[Tensor, Tensor]:
+    """Call with inputs (q, k, v, gates...): q, k and v share v's dtype, gates and state are fp32."""
+    dtype = inputs[2].dtype
+    inputs = tuple(x.to(dtype) if i < 3 else x.float() for i, x in enumerate(inputs))
+    state = None if state is None else state.float()
+    if docs is None:
+        o, last = kernel(*inputs, scale=scale, initial_state=state, output_final_state=True)
+        return o.to(dtype), last
+    B, T = docs.segments.shape
+    inputs = zero_padding(docs, *inputs)
+    cu = docs.cu_seqlens.long()
+    owners = docs.segments.flatten()[cu[:-1]]  # [S] the document of each run; -1: padding
+    initial = None
+    if state is not None:
+        rows, runs = _owned(docs.first_segment(), owners)
+        initial = state.new_zeros(len(owners), *state.shape[1:]).index_copy(0, runs, state[rows])
+    flat = (x.flatten(0, 1)[None] for x in inputs)
+    o, ends = kernel(*flat, scale=scale, initial_state=initial, output_final_state=True, cu_seqlens=cu)
+    last = ends.new_zeros(B, *ends.shape[1:]) if state is None else state
+    rows, runs = _owned(docs.last_segment(), owners)
+    last = last.index_copy(0, rows, ends[runs])
+    return o.view(B, T, *o.shape[2:]).to(dtype), last
+
+
+def _owned(edge: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows, and the runs that hold their `edge` document; a row of padding has none."""
+    rows, runs = (edge[:, None] == owners[None, :]).nonzero(as_tuple=True)
+    return rows, runs
