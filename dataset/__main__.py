@@ -64,15 +64,17 @@ def add_prepare(commands) -> None:
         "  python -m dataset prepare --source dclm/ --tokenizer tokenizer.json --out data/dclm --dry-run\n"
         "  python -m dataset prepare --source dclm/ --tokenizer tokenizer.json --out data/dclm --task 3/64",
     )
-    p.add_argument("--source", nargs="+", required=True, metavar="S", help="pystdlib, files or folders")
+    p.add_argument(
+        "--source", nargs="+", required=True, metavar="S", help="pystdlib, files, folders, URLs, hf:ORG/NAME"
+    )
     p.add_argument(
         "--tokenizer", default="bytes", help="bytes, smollm2-135m-instruct, a tokenizer.json or folder"
     )
     p.add_argument("--merges", type=int, metavar="N", help="cut a BPE to its first N merges")
     p.add_argument("--eos", metavar="TOKEN", help="text of the end-of-document token, when it is not obvious")
     p.add_argument("--out", required=True, type=Path, metavar="DIR")
-    p.add_argument("--field", default="text", help="text column of jsonl and parquet (default: text)")
-    p.add_argument("--kind", choices=("text", "jsonl", "parquet"), help="read every file as this")
+    p.add_argument("--field", default="text", help="text column of jsonl and tables (default: text)")
+    p.add_argument("--kind", choices=("text", "jsonl", "parquet", "arrow"), help="read every file as this")
     p.add_argument("--include", nargs="+", default=(), metavar="GLOB", help="only these, such as '*.py'")
     p.add_argument("--heldout", type=float, metavar="F", help="fraction of documents (0.05, at most 64M)")
     p.add_argument("--dtype", choices=("u16", "u32"), help="default: u16 when the vocabulary fits")
@@ -84,6 +86,12 @@ def add_prepare(commands) -> None:
     )
     p.add_argument("--task", type=task_number, metavar="I/N", help="only tasks I, I+N, ...: for a scheduler")
     p.add_argument("--strict", action="store_true", help="stop at the first input error")
+    p.add_argument(
+        "--fast",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fastokens, if it is installed and agrees with `tokenizers` (same ids either way)",
+    )
     p.add_argument("--dry-run", action="store_true", help="sample, extrapolate, write nothing")
     p.set_defaults(run=run_prepare)
 
@@ -97,11 +105,15 @@ def request_of(args: argparse.Namespace):
 
 
 def run_prepare(args: argparse.Namespace) -> int:
-    from dataset.prepare import prepare, sample
+    from dataset.estimate import estimate
+    from dataset.prepare import prepare
+    from dataset.work import How
 
     request = request_of(args)
     if args.dry_run:
-        print_table("what the whole corpus would take", estimate_rows(sample(request), args.workers))
+        print_table(
+            "what the whole corpus would take", estimate_rows(estimate(request, args.fast), args.workers)
+        )
         return 0
     start = time.perf_counter()
     with bar("tokenizing") as progress:
@@ -111,7 +123,7 @@ def run_prepare(args: argparse.Namespace) -> int:
             args.out,
             workers=args.workers,
             task=args.task,
-            strict=args.strict,
+            how=How(args.strict, args.fast),
             progress=lambda done, total: progress.update(job, completed=done, total=total),
         )
     for message in report.messages[:20]:

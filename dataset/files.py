@@ -65,7 +65,7 @@ def writing(path: Path, mode: str = "wb") -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
 
 
-def explain(error: OSError, path: Path) -> DatasetError:
+def explain(error: OSError, path: Path | str) -> DatasetError:
     """An operating-system error as a sentence with a remedy."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DatasetError(

@@ -9,9 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import blake3
-import numpy as np
-
 from dataset.files import DatasetError, canonical, digest
 from dataset.format import dtype_for
 from dataset.sources import Input, ReadOptions, find_all
@@ -130,9 +127,3 @@ def cut_tasks(inputs: list[Input]) -> list[Task]:
         run.append(one)
         size += one.size
     return [*tasks, Task(len(tasks), tuple(run))]
-
-
-def is_heldout(text: bytes, fraction: float) -> bool:
-    """By the hash of the document alone: the same on every machine, in any order, for every copy of it."""
-    draw = int.from_bytes(blake3.blake3(text).digest(8), "little") / 2**64
-    return bool(np.float64(draw) < fraction)

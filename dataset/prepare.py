@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -22,7 +21,7 @@ from dataset.files import TEMPORARY, DatasetError, digest, explain, read_json, w
 from dataset.format import SPLITS, Dataset, open_dataset, write_manifest
 from dataset.plan import Plan, Request
 from dataset.plan import plan as make_plan
-from dataset.work import WORK, all_receipts, run_task, start_worker, work
+from dataset.work import WORK, How, all_receipts, one_core, run_task, start_worker, work
 
 COUNTED = ("documents", "tokens", "text_bytes", "errors", "empty", "dropped_by_length")
 
@@ -44,7 +43,7 @@ def prepare(
     out: Path,
     workers: int = 1,
     task: tuple[int, int] | None = None,
-    strict: bool = False,
+    how: How = How(),  # noqa: B008 - frozen
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Tokenize `request.sources` into the dataset folder `out`.
@@ -59,7 +58,7 @@ def prepare(
     left = [index for index, done in all_receipts(out, the_plan) if done is None]
     if task is not None:
         left = [index for index in left if index % task[1] == task[0]]
-    _run(the_plan, left, out, workers, strict, progress)
+    _run(the_plan, left, out, workers, how, progress)
     receipts = [found for _, found in all_receipts(out, the_plan) if found is not None]
     report = Report(None, len(receipts), len(the_plan.tasks))
     for one in (i for done in receipts for i in done["inputs"]):
@@ -103,10 +102,11 @@ def _claim(plan: Plan, out: Path) -> Dataset | None:
     return None
 
 
-def _run(plan: Plan, left: list[int], out: Path, workers: int, strict: bool, progress: Callable) -> None:
+def _run(plan: Plan, left: list[int], out: Path, workers: int, how: How, progress: Callable) -> None:
     total = plan.size
     before = total - sum(plan.tasks[index].size for index in left)
     if workers <= 1 or len(left) <= 1:
+        one_core()
         read = before
 
         def seen(n: int) -> None:
@@ -115,12 +115,12 @@ def _run(plan: Plan, left: list[int], out: Path, workers: int, strict: bool, pro
             progress(read, total)
 
         for index in left:
-            run_task(plan, plan.tasks[index], out, seen, strict)
+            run_task(plan, plan.tasks[index], out, seen, how)
         return
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     pool = ProcessPoolExecutor(
-        min(workers, len(left)), context, initializer=start_worker, initargs=(plan, out, strict, counter)
+        min(workers, len(left)), context, initializer=start_worker, initargs=(plan, out, how, counter)
     )
     try:
         pending = {pool.submit(work, index) for index in left}
@@ -170,44 +170,4 @@ def _finish(plan: Plan, receipts: list[dict[str, Any]], counts: Counter[str], ou
 def _split_record(entries: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: sum(e[key] for e in entries) for key in ("documents", "tokens", "text_bytes")} | {
         "shards": entries
-    }
-
-
-def sample(request: Request, seconds: float = 10.0, budget: int = 64 * 2**20) -> dict[str, Any]:
-    """Measure on a part of the corpus what the whole would take (`--dry-run`). Writes nothing that stays.
-
-    Reads whole tasks spread evenly over the corpus until `budget` input bytes or `seconds` are used.
-    """
-    import tempfile
-
-    the_plan = make_plan(request)
-    count = len(the_plan.tasks)
-    order = [round(i * count / min(count, 16)) for i in range(min(count, 16))]
-    counts: Counter[str] = Counter()
-    read = 0
-    start, cpu = time.perf_counter(), time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "shards").mkdir()
-        for index in order:
-            task = the_plan.tasks[index]
-            done = run_task(the_plan, task, Path(folder), lambda n: None, strict=False)
-            read += task.size
-            for one in done["inputs"]:
-                counts.update({key: one.get(key, 0) for key in COUNTED})
-            if read >= budget or time.perf_counter() - start > seconds:
-                break
-    cpu_seconds = time.process_time() - cpu
-    scale = the_plan.size / max(read, 1)
-    width = 2 if the_plan.dtype == "u16" else 4
-    return {
-        "input_bytes": the_plan.size,
-        "sampled_bytes": read,
-        "tokens": round(counts["tokens"] * scale),
-        "documents": round(counts["documents"] * scale),
-        "text_bytes": round(counts["text_bytes"] * scale),
-        "errors": counts["errors"],
-        "disk_bytes": round((counts["tokens"] * width + counts["documents"] * 8) * scale),
-        "mb_per_core_second": read / 1e6 / max(cpu_seconds, 1e-9),
-        "text_mb_per_core_second": counts["text_bytes"] / 1e6 / max(cpu_seconds, 1e-9),
-        "core_hours": cpu_seconds * scale / 3600,
     }

@@ -5,26 +5,40 @@ The receipt is written last; a task without one never happened, and is done agai
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import blake3
 import numpy as np
 
+from dataset.fast import FastEncoder, Mismatch, fast_encoder
 from dataset.files import TEMPORARY, DatasetError, read_json, write_json
 from dataset.format import SPLITS
-from dataset.plan import Plan, Task, is_heldout
-from dataset.sources import Damage, Document, Input, read
+from dataset.plan import Plan, Task
+from dataset.readers import Damage, Document, read
+from dataset.sources import Input
 from dataset.tokenizers import Tokenizer
 from dataset.writer import ShardWriter
 
 BATCH_BYTES = 2**20  # text handed to the tokenizer at once
 KEEP_ERRORS = 20  # messages kept per input file; all are counted
 WORK = ".prepare"
+Seen = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class How:
+    """What does not change the bytes. strict: stop at the first damage. fast: use fastokens if it agrees."""
+
+    strict: bool = False
+    fast: bool = True
 
 
 def receipt_path(out: Path, index: int) -> Path:
@@ -51,44 +65,61 @@ def receipt(out: Path, index: int, plan_digest: str) -> dict[str, Any] | None:
     return found
 
 
-class _Sink:
-    """Collects documents of one input, tokenizes them by the batch and hands them to the split writers."""
+def all_receipts(out: Path, plan: Plan) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    for task in plan.tasks:
+        yield task.index, receipt(out, task.index, plan.digest)
 
-    def __init__(self, plan: Plan, writers: dict[str, ShardWriter]) -> None:
-        self._tokenizer: Tokenizer = plan.tokenizer
-        self._request, self._heldout, self._writers = plan.request, plan.heldout, writers
-        self._texts: list[tuple[str, bytes, bool]] = []
-        self._size = 0
+
+# ----------------------------------------------------------------------------- documents to shards
+
+
+class Sink:
+    """Tokenizes documents by the batch and hands them to the writers of their splits.
+
+    A document's split is decided by the hash of its text: the same on every machine, for every copy of it.
+    """
+
+    def __init__(self, plan: Plan, writers: dict[str, ShardWriter], fast: FastEncoder | None) -> None:
+        self._tokenizer, self._fast, self._writers = plan.tokenizer, fast, writers
+        self._low, self._high = plan.request.min_tokens, plan.request.max_tokens
+        self._heldout = round(plan.heldout * 2**64)
+        self._end = np.array([plan.tokenizer.eos_id])
+        self._texts: list[str] = []
+        self._sizes: list[int] = []
+        self._hashes: list[int] = []
+        self._pending = 0
         self.counts: Counter[str] = Counter()
 
-    def add(self, text: str, data: bytes) -> None:
-        self._texts.append((text, data, is_heldout(data, self._heldout)))
-        self._size += len(data)
-        if self._size >= BATCH_BYTES:
+    def add(self, text: str) -> None:
+        data = text.encode()
+        self._texts.append(text)
+        self._sizes.append(len(data))
+        self._hashes.append(int.from_bytes(blake3.blake3(data).digest(8), "little"))
+        self._pending += len(data)
+        if self._pending >= BATCH_BYTES:
             self.flush()
 
     def flush(self) -> None:
+        """Raises Mismatch when the fast path is wrong."""
         if not self._texts:
             return
-        ids = self._tokenizer.encode_checked([text for text, _, _ in self._texts])
-        for (_, data, heldout), tokens in zip(self._texts, ids):
-            self._write(np.append(tokens, self._tokenizer.eos_id), len(data), SPLITS[heldout])
-        self._texts, self._size = [], 0
+        if self._fast is None:
+            ids = self._tokenizer.encode_checked(self._texts)
+        else:
+            ids = self._fast.encode(self._texts, self._hashes)
+        for tokens, size, draw in zip(ids, self._sizes, self._hashes):
+            self._write(np.concatenate([tokens, self._end]), size, SPLITS[draw < self._heldout])
+        self._texts, self._sizes, self._hashes, self._pending = [], [], [], 0
 
     def _write(self, ids: np.ndarray, text_bytes: int, split: str) -> None:
-        low, high = self._request.min_tokens, self._request.max_tokens
-        if len(ids) < low or (high and len(ids) > high):
+        if len(ids) < self._low or (self._high and len(ids) > self._high):
             self.counts["dropped_by_length"] += 1
             return
         self._writers[split].add(ids, text_bytes)
-        self.counts["documents"] += 1
-        self.counts["tokens"] += len(ids)
-        self.counts["text_bytes"] += text_bytes
+        self.counts.update(documents=1, tokens=len(ids), text_bytes=text_bytes)
 
 
-def _read_input(
-    one: Input, plan: Plan, sink: _Sink, seen: Callable[[int], None], strict: bool
-) -> dict[str, Any]:
+def read_input(one: Input, plan: Plan, sink: Sink, seen: Seen, strict: bool) -> dict[str, Any]:
     """One line of sources.jsonl. Raises DatasetError at the first damage when `strict`."""
     hasher = blake3.blake3()
     sink.counts = Counter()
@@ -105,7 +136,7 @@ def _read_input(
         if len(errors) < KEEP_ERRORS:
             errors.append({"line": line, "message": message})
 
-    for item in read(one, plan.request.reading, watch):
+    for item in read(one, plan.request.field, watch):
         if isinstance(item, Damage):
             damage(item.line, item.message)
         elif not item.text:
@@ -113,19 +144,41 @@ def _read_input(
         elif (bad := plan.tokenizer.unspellable(item.text)) is not None:
             damage(_line_of(item, bad), f"character {bad!r} cannot be spelled with this vocabulary")
         else:
-            sink.add(item.text, item.text.encode())
+            sink.add(item.text)
     sink.flush()
     record = {"name": one.name, "size": one.size, "blake3": hasher.hexdigest(), **dict(sink.counts)}
     return record | ({"messages": errors} if errors else {})
 
 
 def _line_of(item: Document, bad: str) -> int:
-    """Line of the first bad character; lines of a jsonl document all count as its own."""
+    """Line of the first bad character in a text; a later line of jsonl counts as a whole."""
     return item.line + (item.text.count("\n", 0, item.text.index(bad)) if item.line == 1 else 0)
 
 
-def run_task(plan: Plan, task: Task, out: Path, seen: Callable[[int], None], strict: bool) -> dict[str, Any]:
+@lru_cache(maxsize=2)
+def _encoder(identity: str, source: bytes, tokenizer: Tokenizer) -> FastEncoder | None:
+    return fast_encoder(tokenizer)
+
+
+def encoder_for(tokenizer: Tokenizer) -> FastEncoder | None:
+    """The fast path, built once a process."""
+    return _encoder(tokenizer.identity, tokenizer.source, tokenizer)
+
+
+def run_task(plan: Plan, task: Task, out: Path, seen: Seen, how: How) -> dict[str, Any]:
     """Do one task and write its receipt. Raises DatasetError; nothing half-done carries a final name."""
+    try:
+        shards, inputs = _write_shards(
+            plan, task, out, seen, how, encoder_for(plan.tokenizer) if how.fast else None
+        )
+    except Mismatch:  # the reference alone, from the start
+        shards, inputs = _write_shards(plan, task, out, lambda n: None, how, None)
+    done = {"plan": plan.digest, "task": task.index, "shards": shards, "inputs": inputs}
+    write_json(receipt_path(out, task.index), done)
+    return done
+
+
+def _write_shards(plan: Plan, task: Task, out: Path, seen: Seen, how: How, fast: FastEncoder | None):
     folder = out / "shards"
     for stale in folder.glob(f"*-{task.index:06d}-*{TEMPORARY}"):
         stale.unlink(missing_ok=True)
@@ -133,36 +186,38 @@ def run_task(plan: Plan, task: Task, out: Path, seen: Callable[[int], None], str
         split: ShardWriter(folder, f"{split}-{task.index:06d}", plan.dtype, plan.request.shard_bytes)
         for split in SPLITS
     }
-    sink = _Sink(plan, writers)
+    sink = Sink(plan, writers, fast)
     try:
-        inputs = [_read_input(one, plan, sink, seen, strict) for one in task.inputs]
-        shards = {split: writer.close() for split, writer in writers.items()}
+        inputs = [read_input(one, plan, sink, seen, how.strict) for one in task.inputs]
+        return {split: writer.close() for split, writer in writers.items()}, inputs
     finally:
         for writer in writers.values():
             writer.abort()
-    done = {"plan": plan.digest, "task": task.index, "shards": shards, "inputs": inputs}
-    write_json(receipt_path(out, task.index), done)
-    return done
 
 
 # ----------------------------------------------------------------------------- in a worker process
 
 _plan: Plan
-_settings: tuple[Path, bool]
+_out: Path
+_how: How
 _counter: Any
 
 
-def start_worker(plan: Plan, out: Path, strict: bool, counter: Any) -> None:
+def one_core() -> None:
+    """Tokenizer libraries keep to one core: the processes are the parallelism."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"
+
+
+def start_worker(plan: Plan, out: Path, how: How, counter: Any) -> None:
     """Initialiser of a worker process: it keeps the plan, and leaves when its parent is gone."""
-    global _plan, _settings, _counter
-    _plan, _settings, _counter = plan, (out, strict), counter
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
+    global _plan, _out, _how, _counter
+    _plan, _out, _how, _counter = plan, out, how, counter
+    one_core()
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
 def _leave_with_parent() -> None:
-    import multiprocessing
-
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -171,16 +226,10 @@ def _leave_with_parent() -> None:
 
 def work(index: int) -> int:
     """Do task `index` in this process."""
-    out, strict = _settings
 
     def seen(n: int) -> None:
         with _counter.get_lock():
             _counter.value += n
 
-    run_task(_plan, _plan.tasks[index], out, seen, strict)
+    run_task(_plan, _plan.tasks[index], _out, seen, _how)
     return index
-
-
-def all_receipts(out: Path, plan: Plan) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    for task in plan.tasks:
-        yield task.index, receipt(out, task.index, plan.digest)
