@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model.ops.loss import linear_argmax, linear_cross_entropy
 from model.ops.loss.reference import linear_cross_entropy_reference
@@ -117,6 +119,28 @@ def test_gradient_twice_from_one_graph():
     second = torch.autograd.grad(2 * loss, (h, weight))
     for a, b in zip(first, second):
         torch.testing.assert_close(2 * a, b)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_logits_of_the_batch_are_never_held(reduction):
+    h, weight, _, targets = case(64, 3, 50)
+    with Largest() as seen:
+        loss = linear_cross_entropy(h, weight, targets, chunk=8, reduction=reduction)
+        if reduction == "sum":
+            loss.backward()
+    assert 0 < seen.numel <= 8 * 50
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation returned."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.numel = max([self.numel, *(t.numel() for t in tensors)])
+        return out
 
 
 def test_argmax_by_chunks():
