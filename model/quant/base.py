@@ -74,9 +74,9 @@ class Quantizer(Bottleneck):
         return z
 
     def quantize(self, z: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Aux]:
-        """z [..., C] -> (z_q [..., C] on the grid, by-products). Gradients pass straight through.
+        """z [B, T, C] -> (z_q [B, T, C] on the grid, by-products). Gradients pass straight through.
 
-        keep: [...] bool, tokens that count in statistics and losses; None is all of them.
+        keep: [B, T] bool, tokens that count in statistics and losses; None is all of them.
         """
         raise NotImplementedError(f"{type(self).__name__}.quantize")
 
@@ -116,14 +116,17 @@ def straight_through(z: Tensor, grid: Tensor) -> Tensor:
 
 @torch.no_grad()
 def code_stats(codes: Tensor, sizes: Tensor, keep: Tensor | None, bits: float) -> dict[str, Tensor]:
-    """What a batch of codes looks like; padding (keep False) does not count.
+    """What a batch of codes looks like; padding (keep False) does not count. Empty for T = 1: a step of
+    generation is no sample, and must not pay for one.
 
-    codes: int64 [..., K].  sizes: int64 [K], codes there are.
+    codes: int64 [B, T, K].  sizes: int64 [K], codes there are.
     usage:        share of the codes that occur, mean over K.
     perplexity:   2^entropy, mean over K: how many codes are in effective use.
     entropy_bits: sum of the K entropies, bits per token after ideal coding of each by itself.
     bits:         nominal bits per token.
     """
+    if codes.shape[-2] == 1:
+        return {}
     K, size = codes.shape[-1], int(sizes.max())
     flat = codes.reshape(-1, K) + torch.arange(K, device=codes.device) * size
     weight = torch.ones_like(flat, dtype=torch.float32)
