@@ -80,6 +80,21 @@ class ContextCompressor(nn.Module):
 
     decoder: Decoder
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Entered around everything the decoder reads after a context: where a method adapts the decoder
+        itself."""
+        yield
+
+    def learning_rates(self) -> dict[str, float]:
+        """Parameter name prefix -> learning rate, where a method's own tensors want one of their own."""
+        return {}
+
+    def lower(self, context: CompressedContext) -> tuple[LayerSlots, ...]:
+        """The cache that a context stands for, one `LayerSlots` per layer."""
+        with self.reading():
+            return self.decoder.lower(context)
+
     def _apply(self, fn, recurse: bool = True):
         self.decoder.model._apply(fn)
         return super()._apply(fn, recurse)
@@ -181,13 +196,17 @@ class ContextCompressor(nn.Module):
                 bias = torch.cat([bias, bias.new_zeros(B, T)], 1)
             h = self.decoder.stem(torch.cat([context.embeds.to(embeds.dtype), embeds], 1), positions)
             keys = torch.cat([context.slot_mask, mask], 1)
-            h = self.decoder.run(h, positions, keys, bias=bias, checkpoint=checkpoint).hidden
+            h = self.decoder.run(
+                h, positions, keys, bias=bias, checkpoint=checkpoint, adapters=self.reading
+            ).hidden
             last = (context.slot_mask * torch.arange(1, S + 1, device=h.device)).argmax(1)
             first = self.decoder.head(h[torch.arange(B, device=h.device), last])
             return self.decoder.head(h[:, S:]), first
         past = None if context is None else context.layers
         h = self.decoder.stem(embeds, positions)
-        h = self.decoder.run(h, positions, mask, past=past, checkpoint=checkpoint).hidden
+        h = self.decoder.run(
+            h, positions, mask, past=past, checkpoint=checkpoint, adapters=self.reading
+        ).hidden
         return self.decoder.head(h), None
 
     def forward(
@@ -227,14 +246,9 @@ class ContextCompressor(nn.Module):
             nll = token_losses(logits, labels, first)
             scored = labels.ne(-100).sum() if first is not None else labels[:, 1:].ne(-100).sum()
             losses = {objective: nll.sum() / scored.clamp_min(1)}
-        extra, stats = self.extra_losses(context)
-        losses |= extra
+        losses |= context.aux.losses
         total = torch.stack(list(losses.values())).sum()
-        return CompressorOutput(total, logits, context, losses, stats)
-
-    def extra_losses(self, context: CompressedContext) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """A method's own weighted losses and statistics for the context just compressed."""
-        return {}, {}
+        return CompressorOutput(total, logits, context, losses, dict(context.aux.stats))
 
     def _distill(self, context_ids, context_mask, input_ids, mask, logits) -> Tensor:
         with torch.no_grad():
@@ -284,7 +298,7 @@ class ContextCompressor(nn.Module):
         if ids.shape[1] == 0:
             raise ValueError("generate needs a prompt of at least one token")
         with torch.no_grad():
-            layers = self.decoder.lower(context)
+            layers = self.lower(context)
         positions = text_positions(mask, context.next_position)
         width = max(layer.keys.shape[2] for layer in layers) + ids.shape[1] + max_new_tokens
         self.decoder.check_length(int(positions.max()) + 1 + max_new_tokens, width)
@@ -318,7 +332,8 @@ class ContextCompressor(nn.Module):
         if context is None:
             mask = checked_mask(input_ids, attention_mask, self.decoder.config.pad_token_id, "generate")
             ids, mask = pack(input_ids, mask, left=False)
-            return model.generate(ids, attention_mask=mask.long(), **options)
+            with self.reading():
+                return model.generate(ids, attention_mask=mask.long(), **options)
         if cache == "static" and "max_new_tokens" not in options:
             raise ValueError("cache='static' is allocated beforehand: give max_new_tokens")
         copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
@@ -328,7 +343,7 @@ class ContextCompressor(nn.Module):
         )  # fmt: skip
         if self.decoder.is_attached:
             return model.generate(**inputs, **options)
-        with self.decoder.attach():
+        with self.decoder.attach(), self.reading():
             return model.generate(**inputs, **options)
 
     @contextmanager
@@ -337,7 +352,7 @@ class ContextCompressor(nn.Module):
 
         Hooks are removed on the way out, whatever happens. Raises RuntimeError when already attached.
         """
-        with self.decoder.attach(self.layer_hooks()):
+        with self.decoder.attach(self.layer_hooks()), self.reading():
             yield self.decoder.model
 
     def layer_hooks(self) -> dict[int, Any]:
@@ -351,7 +366,7 @@ class ContextCompressor(nn.Module):
         (an
         uncompressed cache of the same rows), ratio (full_kv / kv) and mean slots per row and layer."""
         with torch.no_grad():
-            layers = self.decoder.lower(context)
+            layers = self.lower(context)
         tensors = {t.untyped_storage().data_ptr(): t for x in layers for t in (x.keys, x.values)}
         kv = sum(t.untyped_storage().nbytes() for t in tensors.values())
         size = layers[0].keys.element_size()

@@ -21,25 +21,8 @@ from torch import Tensor, nn
 
 from model.compress.base import CompressorConfig, ContextCompressor, compressor
 from model.compress.caches import join, pool, prefill, take, top_slots, window_of
-from model.compress.context import CompressedContext, LayerSlots
+from model.compress.context import CompressedContext, LayerSlots, join_embeds
 from model.compress.rows import token_losses
-
-
-def join_embeds(state: CompressedContext | None, new: CompressedContext) -> CompressedContext:
-    """Embedding slots of `state` followed by those of `new`, whose positions go on from there."""
-    if state is None:
-        return new
-    assert new.embeds is not None and new.slot_mask is not None and new.slot_positions is not None
-    if state.embeds is None or state.slot_mask is None or state.slot_positions is None:
-        raise ValueError(f"{new.method} carries embeddings and cannot continue a {state.carrier} state")
-    moved = torch.where(new.slot_positions < 0, -1, new.slot_positions + state.next_position[:, None])
-    return CompressedContext(
-        new.method, new.fingerprint, state.source_length + new.source_length,
-        state.next_position + new.next_position,
-        embeds=torch.cat([state.embeds, new.embeds], 1),
-        slot_mask=torch.cat([state.slot_mask, new.slot_mask], 1),
-        slot_positions=torch.cat([state.slot_positions, moved], 1),
-    )  # fmt: skip
 
 
 @compressor("none")

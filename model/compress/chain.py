@@ -59,7 +59,7 @@ class Chain(ContextCompressor):
 
     def _next(self, stage: Any, context: CompressedContext, options: dict[str, Any]) -> CompressedContext:
         if context.carrier not in stage.accepts:
-            layers = self.decoder.lower(context)
+            layers = self.lower(context)
             context = CompressedContext(
                 context.method,
                 context.fingerprint,

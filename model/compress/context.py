@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from model.core import NO_AUX, Aux
 
 FORMAT = "latent-lab-context-1"
 
@@ -47,6 +49,7 @@ class CompressedContext:
     at all, which only decoders with learned positions know) and slot_bias [B, S] or None.
     Carrier `cache`: layers, one `LayerSlots` per decoder layer; layers may differ in S.
     extras: further tensors that the method keeps (residual codes, indices); counted in `bytes`.
+    aux: losses and statistics of the compression, for training; neither counted, nor copied, nor saved.
     """
 
     method: str
@@ -59,6 +62,7 @@ class CompressedContext:
     slot_bias: Tensor | None = None
     layers: tuple[LayerSlots, ...] | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
+    aux: Aux = NO_AUX
 
     def __post_init__(self) -> None:
         if (self.embeds is None) == (self.layers is None):
@@ -138,6 +142,7 @@ class CompressedContext:
             slot_bias=once(self.slot_bias),
             layers=layers,
             extras={k: once(v) for k, v in self.extras.items()},
+            aux=NO_AUX,
         )
 
     def to(self, device: torch.device | str) -> CompressedContext:
@@ -187,3 +192,57 @@ class CompressedContext:
         return CompressedContext(
             meta["method"], meta["fingerprint"], layers=layers or None, extras=extras, **top
         )
+
+
+def join_embeds(state: CompressedContext | None, new: CompressedContext) -> CompressedContext:
+    """Embedding slots of `state` followed by those of `new`, whose positions go on from there."""
+    if state is None:
+        return new
+    assert new.embeds is not None and new.slot_mask is not None and new.slot_positions is not None
+    if state.embeds is None or state.slot_mask is None or state.slot_positions is None:
+        raise ValueError(f"{new.method} carries embeddings and cannot continue a {state.carrier} state")
+    moved = torch.where(new.slot_positions < 0, -1, new.slot_positions + state.next_position[:, None])
+    return CompressedContext(
+        new.method, new.fingerprint, state.source_length + new.source_length,
+        state.next_position + new.next_position,
+        embeds=torch.cat([state.embeds, new.embeds], 1),
+        slot_mask=torch.cat([state.slot_mask, new.slot_mask], 1),
+        slot_positions=torch.cat([state.slot_positions, moved], 1),
+        slot_bias=_join_bias(state, new), aux=new.aux,
+    )  # fmt: skip
+
+
+def _bias(context: CompressedContext) -> Tensor:
+    """[B, S] slot bias, zero where a context has none."""
+    assert context.embeds is not None
+    return (
+        context.embeds.new_zeros(context.embeds.shape[:2]) if context.slot_bias is None else context.slot_bias
+    )
+
+
+def _join_bias(state: CompressedContext, new: CompressedContext) -> Tensor | None:
+    if state.slot_bias is None and new.slot_bias is None:
+        return None
+    return torch.cat([_bias(state), _bias(new)], 1)
+
+
+def replaced(memory: CompressedContext, new: CompressedContext) -> CompressedContext:
+    """`new` in the rows where its segment held tokens, `memory` elsewhere; widths are padded to the wider."""
+    assert memory.embeds is not None and new.embeds is not None
+    rows, width = new.source_length > 0, max(memory.embeds.shape[1], new.embeds.shape[1])
+
+    def both(a: Tensor, b: Tensor) -> Tensor:
+        a, b = (nn.functional.pad(t, (0,) * (2 * t.dim() - 3) + (width - t.shape[1],)) for t in (a, b))
+        return torch.where(rows.view(-1, *(1,) * (a.dim() - 1)), b, a)
+
+    fields: dict[str, Any] = {
+        k: both(getattr(memory, k), getattr(new, k)) for k in ("embeds", "slot_mask", "slot_positions")
+    }
+    bias = None
+    if memory.slot_bias is not None or new.slot_bias is not None:
+        bias = both(_bias(memory), _bias(new))
+    return replace(
+        new, **fields, slot_bias=bias,
+        source_length=memory.source_length + new.source_length,
+        next_position=torch.where(rows, new.next_position, memory.next_position),
+    )  # fmt: skip

@@ -84,7 +84,7 @@ class Decoder:
         self.body: Any = model.get_submodule(self.family.decoder)
         self.layers: Any = getattr(self.body, self.family.layers)
         self.attentions = [layer.get_submodule(self.family.attention) for layer in self.layers]
-        self.embedding: Any = self.body.get_submodule(self.family.embed)
+        self.embedding: Any = getattr(self.body, self.family.embed)
         self.n_layers = len(self.layers)
         self.width = int(config.hidden_size)
         self.embed_width = int(self.embedding.embedding_dim)
@@ -99,12 +99,14 @@ class Decoder:
 
     # ------------------------------------------------------------------ parts
 
-    def lora_targets(self, names: Sequence[str]) -> dict[str, nn.Module]:
-        """Modules to adapt, by path, for names such as q_proj or up_proj; a fused module comes once.
+    def lora_targets(self, names: Sequence[str] | None = None) -> dict[str, nn.Module]:
+        """Modules to adapt, by path, for names such as q_proj or up_proj (None: all); a fused module comes
+        once.
 
         Raises ValueError for a name that the family does not have.
         """
         known = self.family.projections
+        names = list(known) if names is None else names
         for name in names:
             if name not in known:
                 raise ValueError(f"lora target {name!r}: {self.config.model_type} has {', '.join(known)}")

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
@@ -53,6 +55,26 @@ class LoRA(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def load_published(self, path: str | Path) -> None:
+        """Load an adapter saved in the usual layout, `...layers.0.self_attn.q_proj.lora_A.weight` and
+        lora_B, from
+        a safetensors file or a folder with `adapter_model.safetensors`.
+
+        Raises KeyError where a target has no tensors there, RuntimeError for tensors of another shape.
+        """
+        path = Path(path)
+        stored = load_file(str(path / "adapter_model.safetensors" if path.is_dir() else path))
+        for name in self._targets:
+            key, layer = name.replace(".", "/"), f".{name}."
+            for ours, theirs in ((self.down, "lora_A"), (self.up, "lora_B")):
+                found = [v for k, v in stored.items() if layer in k and theirs in k]
+                if len(found) != 1:
+                    raise KeyError(f"{path}: no {theirs} for layer {name}")
+                want, got = tuple(ours[key].shape), tuple(found[0].shape)
+                if want != got:
+                    raise RuntimeError(f"{path}: {theirs} of layer {name} is {got}, here {want}")
+                ours[key].data.copy_(found[0])
 
     def _hook(self, key: str):
         def add(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:

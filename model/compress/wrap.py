@@ -60,10 +60,11 @@ def load_compressor(path: str | Path, base_model: Any = None) -> ContextCompress
             raise ValueError(f"{folder} does not name its base decoder; pass base_model")
         base_model = load_decoder(described["base"])
     made = wrap(base_model, {"method": described["method"], **described["config"]})
-    if made.decoder.fingerprint != described["fingerprint"]:
-        raise ValueError(
-            f"{folder} was trained on another decoder: fingerprint {described['fingerprint']}, "
-            f"this one has {made.decoder.fingerprint}"
-        )
+    here = made.description()
+    for key in ("fingerprint", "encoder_fingerprint"):
+        if described.get(key) != here.get(key):
+            raise ValueError(
+                f"{folder} was trained on another decoder: {key} {described.get(key)}, here {here.get(key)}"
+            )
     made.load_state_dict(load_file(str(folder / "adapter_model.safetensors")), strict=True)
     return made.eval()

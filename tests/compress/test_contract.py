@@ -56,7 +56,7 @@ def test_embeds_equal_cache_equal_generate(model, method):
     context = c.compress(ids, mask, **asked(method))
     lowered = CompressedContext(
         context.method, context.fingerprint, context.source_length, context.next_position,
-        layers=c.decoder.lower(context),
+        layers=c.lower(context),
     )  # fmt: skip
     a, _ = c.decode(context, prompt, prompt_mask)
     b, _ = c.decode(lowered, prompt, prompt_mask)
