@@ -18,7 +18,7 @@ from model.embed import Embed
 from model.flops import flops_per_token
 from model.generate import generate
 from model.heads import IGNORE, Head, shift_targets, shift_weights
-from model.ops.loss import linear_cross_entropy
+from model.ops.loss import linear_argmax, linear_cross_entropy
 from model.plan import Bracket, Item, ModuleSpec, Plan, Visit, make_plan
 from model.quant.adapter import Adapter
 from model.registry import make_block, make_quantizer
@@ -201,18 +201,34 @@ class LanguageModel(nn.Module):
 
     def nll(self, tokens: Tensor, docs: Docs | None = None) -> dict[str, Tensor]:
         """{head: [B, T] nats of what the head predicts at each position}; nan where there is no target."""
+        out = {}
+        for name, (h, unembed, targets) in self._predictions(tokens, docs).items():
+            nats = linear_cross_entropy(h, unembed, targets.flatten(), reduction="none")
+            out[name] = nats.view_as(targets).masked_fill(targets == IGNORE, float("nan"))
+        return out
+
+    def top1(self, tokens: Tensor, docs: Docs | None = None) -> dict[str, tuple[int, int]]:
+        """{head: (targets that are the head's likeliest token, targets)}."""
+        out = {}
+        for name, (h, unembed, targets) in self._predictions(tokens, docs).items():
+            flat = targets.flatten()
+            out[name] = int((linear_argmax(h, unembed) == flat).sum()), int((flat != IGNORE).sum())
+        return out
+
+    @torch.no_grad()
+    def _predictions(self, tokens: Tensor, docs: Docs | None) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """{head: (states [B*T, D], unembedding [V, D], targets [B, T])}."""
         table = self.embed.table()
         run = _Pass(Ctx(docs=docs, progress=self.progress), None)
         x = self._sites(self.plan.items, self._compute_dtype(self.embed(tokens, table)), run)
-        out = {}
-        for name, head in self.heads.items():
-            targets = shift_targets(tokens, head.shift, docs)
-            h = self._head(name, x, run).flatten(0, 1)
-            nats = linear_cross_entropy(
-                h, self.embed.output_table(table), targets.flatten(), reduction="none"
+        return {
+            name: (
+                self._head(name, x, run).flatten(0, 1),
+                self.embed.output_table(table),
+                shift_targets(tokens, head.shift, docs),
             )
-            out[name] = nats.view_as(targets).masked_fill(targets == IGNORE, float("nan"))
-        return out
+            for name, head in self.heads.items()
+        }
 
     @torch.no_grad()
     def head_counts(

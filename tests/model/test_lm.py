@@ -58,6 +58,13 @@ def test_next_loss_equals_cross_entropy_of_logits(lm):
     torch.testing.assert_close(lm(x, labels=x).losses["next"].double(), want.double(), rtol=1e-5, atol=1e-6)
 
 
+def test_top1_counts_the_likeliest_tokens(lm):
+    x = ids(2, 17)
+    hits = int((lm(x).logits[:, :-1].argmax(-1) == x[:, 1:]).sum())
+    assert lm.top1(x)["next"] == (hits, 2 * 16)
+    assert lm.top1(x)["recon"][1] == 2 * 17
+
+
 def test_weights_belong_to_the_token_that_is_predicted(lm):
     x = ids(1, 9)
     weights = torch.zeros(1, 9)

@@ -87,7 +87,8 @@ def test_insertion_changes_no_logit(reading, bf16):
 def test_third_stage_inserts_into_the_second(reading):
     _, two = grown(reading)
     train(two, 6)  # the fade of s2 is complete
-    three = onion(shell(1, frozen=True), shell(2, frozen=True), shell(3, blend=Blend(steps=4)), reading=reading)
+    shells = shell(1, frozen=True), shell(2, frozen=True), shell(3, blend=Blend(steps=4))
+    three = onion(*shells, reading=reading)
     report = load_into(three, two.config, two.state_dict())
     assert all(n.startswith("bank.s3_") for n in report.fresh) and report.fresh
     assert not report.dropped and not report.copied
