@@ -240,7 +240,8 @@ def _assign(node: Yaml, path: list[str], value: Yaml, done: tuple[str, ...]) -> 
     if isinstance(node.value, list):
         index, enter = _find(node.value, key, where)
         items = list(node.value)
-        items[index] = _assign(items[index], [enter, *rest] if enter else rest, value, (*done, key))
+        here = done if enter == key else (*done, key)
+        items[index] = _assign(items[index], [enter, *rest] if enter else rest, value, here)
         return replace(node, value=items)
     if node.value is None or (isinstance(node.value, str) and node.value == key):
         node = Yaml({}, value.mark)  # `mlp` -> {mlp: ...}

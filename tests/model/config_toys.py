@@ -27,10 +27,7 @@ class Gla:
         memory: int | list[int] | str = 3,
         ring: dict[str, Any] | None = None,
         rate: float = 1.0,
-    ) -> None: ...
-
-    @staticmethod
-    def validate(dim: int, heads: int = 4, **_: Any) -> None:
+    ) -> None:
         if dim % heads:
             raise ValueError(f"heads={heads} does not divide {dim}")
 
@@ -51,10 +48,7 @@ class Pair:
 
 
 class Int8:
-    def __init__(self, dim: int, *, channels: int = 32, bits: int = 8) -> None: ...
-
-    @staticmethod
-    def validate(dim: int, channels: int = 32, bits: int = 8) -> None:
+    def __init__(self, dim: int, *, channels: int = 32, bits: int = 8) -> None:
         if channels > dim:
             raise ValueError(f"{channels} channels are more than the {dim} outside")
 

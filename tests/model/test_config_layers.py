@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -333,6 +334,27 @@ def test_every_registered_name_can_be_configured(kind: str) -> None:
             node = {"onion": [{"name": "s", "body": ["mlp"], "to": 32, "quant": {name: known}}]}
         cfg = config.load({"dim": 256, "stack": [node]})
         assert config.digest(config.load(config.dump(cfg))) == config.digest(cfg)
+
+
+@pytest.mark.parametrize("value", [0, -1, 10**30, 7])
+def test_an_absurd_number_never_ends_in_a_traceback(value: int) -> None:
+    tried = 0
+    for name in BLOCKS.names():
+        for param in BLOCKS.params(name).values():
+            if param.type not in (int, int | None):
+                continue
+            tried += 1
+            try:
+                config.load({"dim": 64, "stack": [{name: {param.name: value}}]})
+            except ConfigError as error:
+                assert all(f"stack[0].{name}" in line for line in error.errors)
+    assert tried > 5
+
+
+def test_reading_draws_no_random_numbers() -> None:
+    before = torch.get_rng_state()
+    config.load("samba")
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("path", sorted(sources.ARCHS.glob("*.yaml")), ids=lambda p: p.stem)
