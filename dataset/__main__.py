@@ -1,34 +1,16 @@
-"""python -m dataset: prepare, verify, info, decode."""
+"""python -m dataset: prepare a corpus; the other commands are in `dataset.commands`."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
-
+from dataset import commands as others
+from dataset.console import HELP, bar, console, print_table
 from dataset.files import DatasetError
-
-console = Console(stderr=True, highlight=False)
-HELP = argparse.RawDescriptionHelpFormatter
-
-
-def bar(label: str) -> Progress:
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn(label), *columns, console=console)
 
 
 def task_number(text: str) -> tuple[int, int]:
@@ -156,93 +138,11 @@ def estimate_rows(found: dict, workers: int) -> list[tuple[str, str]]:
     ]
 
 
-def print_table(title: str, rows: list[tuple[str, str]]) -> None:
-    table = Table(title=title, show_header=False, title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False).print(table)
-
-
-def add_looking(commands) -> None:
-    p = commands.add_parser("verify", help="hash every block; name the damaged ones")
-    p.add_argument("path", type=Path)
-    p.set_defaults(run=run_verify)
-    p = commands.add_parser("info", help="counts, lengths, bytes per token, sample text")
-    p.add_argument("path", type=Path)
-    p.add_argument("--json", action="store_true")
-    p.set_defaults(run=run_info)
-    p = commands.add_parser(
-        "decode",
-        help="print the text behind the ids",
-        formatter_class=HELP,
-        epilog="example:\n  python -m dataset decode data/pystdlib --split heldout --document 3 --tokens 0:9",
-    )
-    p.add_argument("path", type=Path)
-    p.add_argument("--split", default="train")
-    p.add_argument("--document", type=int, default=0, metavar="N")
-    p.add_argument("--tokens", type=token_range, metavar="A:B", help="only these ids of the document")
-    p.set_defaults(run=run_decode)
-
-
-def token_range(text: str) -> tuple[int, int]:
-    try:
-        a, b = (int(part) for part in text.split(":"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form A:B, such as 0:200") from None
-    return a, b
-
-
-def run_verify(args: argparse.Namespace) -> int:
-    from dataset.verify import verify
-
-    start = time.perf_counter()
-    total = 0
-    with bar("hashing") as progress:
-        job = progress.add_task("", total=None)
-
-        def show(done: int, all_bytes: int) -> None:
-            nonlocal total
-            total = all_bytes
-            progress.update(job, completed=done, total=all_bytes)
-
-        faults = verify(args.path, show)
-    for fault in faults:
-        console.print(fault, style="red", markup=False)
-    seconds = max(time.perf_counter() - start, 1e-9)
-    print(f"{args.path}: {total:,} bytes, {len(faults)} faults ({total / 1e9 / seconds:.2f} GB/s)")
-    return 2 if faults else 0
-
-
-def run_info(args: argparse.Namespace) -> int:
-    from dataset.verify import info
-
-    found = info(args.path)
-    if args.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
-        return 0
-    splits = found.pop("splits")
-    print_table(found.pop("path"), [(k, str(v)) for k, v in found.items()])
-    for name, split in splits.items():
-        samples, lengths = split.pop("samples"), split.pop("lengths")
-        rows = [(k, f"{v:,.3f}" if isinstance(v, float) else f"{v:,}") for k, v in split.items()]
-        print_table(name, rows + [(f"documents of {k} tokens", f"{v:,}") for k, v in lengths.items()])
-        for text in samples:
-            print(f"  {text!r}")
-    return 0
-
-
-def run_decode(args: argparse.Namespace) -> int:
-    from dataset.verify import decode
-
-    sys.stdout.write(decode(args.path, args.split, args.document, args.tokens))
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dataset", description="The dataset side of the lab.")
     commands = parser.add_subparsers(dest="command", required=True)
     add_prepare(commands)
-    add_looking(commands)
+    others.add(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)

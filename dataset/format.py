@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dataset import files
 from dataset.files import DatasetError, block_hashes, canonical, digest, explain, read_json, write_json
 from dataset.tokenizers import Tokenizer
 
@@ -127,8 +128,8 @@ class Shard:
             data = map_file(self.path(kind), np.dtype("u1"))
             for i, (found, wanted) in enumerate(zip(block_hashes(data.data), record["blocks"])):
                 if found != wanted:
-                    start = i * 16 * 2**20
-                    stop = min(start + 16 * 2**20, record["bytes"])
+                    start = i * files.BLOCK
+                    stop = min(start + files.BLOCK, record["bytes"])
                     yield f"{self.path(kind)}: block {i} (bytes {start:,} to {stop:,}) is damaged"
 
 

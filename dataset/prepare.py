@@ -21,6 +21,7 @@ from dataset.files import TEMPORARY, DatasetError, digest, explain, read_json, w
 from dataset.format import SPLITS, Dataset, open_dataset, write_manifest
 from dataset.plan import Plan, Request
 from dataset.plan import plan as make_plan
+from dataset.tokenizers import Tokenizer
 from dataset.work import WORK, How, all_receipts, one_core, run_task, start_worker, work
 
 COUNTED = ("documents", "tokens", "text_bytes", "errors", "empty", "dropped_by_length")
@@ -81,6 +82,7 @@ def _claim(plan: Plan, out: Path) -> Dataset | None:
     if (out / "manifest.json").exists():
         dataset = open_dataset(out)
         if dataset.manifest["plan"] == plan.digest:
+            shutil.rmtree(out / WORK, ignore_errors=True)  # left by a kill right after the manifest
             return dataset
         made = ", ".join(s["source"] for s in dataset.manifest["sources"])
         raise DatasetError(
@@ -97,8 +99,8 @@ def _claim(plan: Plan, out: Path) -> Dataset | None:
     elif any(p.name != WORK and not p.name.endswith(TEMPORARY) for p in out.iterdir()):
         raise DatasetError(f"{out}: the folder is not empty and holds no dataset. Choose another --out")
     else:
-        (out / "shards").mkdir(exist_ok=True)
         write_json(claim, {"plan": plan.digest})
+    (out / "shards").mkdir(exist_ok=True)
     return None
 
 
@@ -117,6 +119,7 @@ def _run(plan: Plan, left: list[int], out: Path, workers: int, how: How, progres
         for index in left:
             run_task(plan, plan.tasks[index], out, seen, how)
         return
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     pool = ProcessPoolExecutor(
@@ -134,6 +137,10 @@ def _run(plan: Plan, left: list[int], out: Path, workers: int, how: How, progres
             f"{out}: a worker process died (killed, or out of memory). Finished tasks are kept: run the same "
             "command again, with fewer --workers if memory was short"
         ) from None
+    except BaseException:  # an error in one task, or Ctrl-C: do not wait for the rest
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -141,13 +148,14 @@ def _run(plan: Plan, left: list[int], out: Path, workers: int, how: How, progres
 def _finish(plan: Plan, receipts: list[dict[str, Any]], counts: Counter[str], out: Path) -> Dataset:
     """The manifest from all receipts in task order; then the working folder goes."""
     if not counts["documents"]:
+        shutil.rmtree(out / WORK, ignore_errors=True)  # nothing to go on from: let the next try be another
         reason = f"{counts['errors']} could not be read, {counts['empty']} were empty"
         raise DatasetError(f"{out}: not one document was left to write ({reason})")
-    splits = {split: _split_record([e for r in receipts for e in r["shards"][split]]) for split in SPLITS}
+    for stale in out.rglob(f"*{TEMPORARY}"):  # of killed processes: all tasks are done
+        stale.unlink(missing_ok=True)
+    splits = {split: split_record([e for r in receipts for e in r["shards"][split]]) for split in SPLITS}
     inputs = b"".join(json.dumps(i, sort_keys=True).encode() + b"\n" for r in receipts for i in r["inputs"])
     write_bytes(out / "sources.jsonl", inputs)
-    plan.tokenizer.save(out / "tokenizer")
-    files = {p.name: digest(p.read_bytes()) for p in sorted((out / "tokenizer").glob("*.*")) if p.is_file()}
     write_manifest(
         out,
         {
@@ -155,7 +163,7 @@ def _finish(plan: Plan, receipts: list[dict[str, Any]], counts: Counter[str], ou
             "dtype": plan.dtype,
             "vocab": plan.tokenizer.vocab,
             "eos_id": plan.tokenizer.eos_id,
-            "tokenizer": plan.tokenizer.describe() | {"files": files},
+            "tokenizer": tokenizer_record(plan.tokenizer, out),
             "splits": splits,
             "sources": list(plan.sources),
             "inputs": {"files": sum(len(t.inputs) for t in plan.tasks), "blake3": digest(inputs)},
@@ -167,7 +175,15 @@ def _finish(plan: Plan, receipts: list[dict[str, Any]], counts: Counter[str], ou
     return open_dataset(out)
 
 
-def _split_record(entries: list[dict[str, Any]]) -> dict[str, Any]:
+def tokenizer_record(tokenizer: Tokenizer, out: Path) -> dict[str, Any]:
+    """Save the tokenizer into the dataset `out`; its manifest record, with the hashes of its files."""
+    tokenizer.save(out / "tokenizer")
+    names = ["meta.json", "tokenizer.json"] + ["rows.npy"] * (tokenizer.rows is not None)
+    files = {name: digest((out / "tokenizer" / name).read_bytes()) for name in names}
+    return tokenizer.describe() | {"files": files}
+
+
+def split_record(entries: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: sum(e[key] for e in entries) for key in ("documents", "tokens", "text_bytes")} | {
         "shards": entries
     }

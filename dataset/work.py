@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -205,8 +206,8 @@ _counter: Any
 
 def one_core() -> None:
     """Tokenizer libraries keep to one core: the processes are the parallelism."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["RAYON_NUM_THREADS"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")
 
 
 def start_worker(plan: Plan, out: Path, how: How, counter: Any) -> None:
@@ -214,6 +215,7 @@ def start_worker(plan: Plan, out: Path, how: How, counter: Any) -> None:
     global _plan, _out, _how, _counter
     _plan, _out, _how, _counter = plan, out, how, counter
     one_core()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
