@@ -1,4 +1,4 @@
-"""`python -m model show ARCH` and `python -m model backends`."""
+"""`python -m model show ARCH`, `generate RUN --prompt TEXT` and `backends`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+import torch
 
 from model import config
+from model.build import load
 from model.describe import describe, mermaid
+from model.generate import stream
 from model.schema import ConfigError
 from model.show import backends, show
+from model.text import Printer, Text
 
 EXAMPLES = """\
 examples:
   python -m model show samba
-  python -m model show onion_stage2.yaml --set dim=256 --set embed.project=256
+  python -m model show onion_stage2.yaml --set dim=384 --set embed.project=384
   python -m model show onion_stage2 --mermaid > onion.mmd
   python -m model show samba --json --context 4096
+  python -m model generate runs/samba --prompt "def main(" --temperature 0.8 --top-p 0.95
   python -m model backends
 
 An ARCH is a YAML file, or the name of one in the working folder or in model/archs/.
@@ -43,12 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m model",
-        description="Look at architectures.",
+        description="Look at architectures, and talk to what was trained.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_show(commands)
+    _add_generate(commands)
     command = commands.add_parser(
         "backends", help="which implementations of each operator run here, or why not"
     )
@@ -82,6 +90,54 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--vocab", type=_positive, metavar="N", help="vocabulary of the dataset")
     command.set_defaults(run=_show)
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "generate",
+        help="continue a text with a run's model",
+        description="Continue a prompt, streaming. Greedy unless a temperature is given.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("source", metavar="RUN", help="a run's folder, a checkpoint or an export")
+    prompt = command.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    prompt.add_argument("--ids", type=int, nargs="+", metavar="ID", help="token ids to continue; prints ids")
+    command.add_argument("--max-new-tokens", type=_positive, default=100, metavar="N")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    command.add_argument("--top-k", type=_positive, metavar="K")
+    command.add_argument("--top-p", type=float, metavar="P")
+    command.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+    command.set_defaults(run=_generate)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    folder = Path(args.source)
+    lm = load(folder)
+    text = None if args.prompt is None else Text(_tokenizer_of(folder))
+    ids = args.ids if text is None else text.encode(args.prompt)
+    if not ids or not all(0 <= i < lm.vocab for i in ids):
+        raise ConfigError([f"the prompt must be at least one id below {lm.vocab}, got {ids[:8]}"])
+    if text is not None:
+        print(args.prompt, end="", flush=True)
+    printer = Printer(text) if text is not None else None
+    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    try:
+        for new in stream(lm, torch.tensor([ids]), args.max_new_tokens, **options):
+            token = int(new[0])
+            print(printer.add(token) if printer is not None else f"{token} ", end="", flush=True)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    print()
+
+
+def _tokenizer_of(folder: Path) -> Path:
+    """A run keeps it beside its checkpoints; a checkpoint folder lies two levels further down."""
+    for place in (folder, folder.parent.parent):
+        if (place / "tokenizer.json").is_file():
+            return place / "tokenizer.json"
+    return folder / "tokenizer.json"
 
 
 def _positive(text: str) -> int:

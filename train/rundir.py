@@ -3,6 +3,7 @@
 config.yaml     the resolved configuration           run.json      name, origin, code, data, environment
 status.json     running | stopped | complete | diverged, and where
 metrics.jsonl   see `train.metrics`                   checkpoints/  see `train.checkpoint`
+tokenizer.json  the dataset's, so that the folder can be talked to on its own
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from model.schema import Config, ConfigError
 from train import checkpoint
 from train.errors import CheckpointError, UserError, disk_full, is_disk_full
 
-CONFIG, ABOUT, STATUS = "config.yaml", "run.json", "status.json"
+CONFIG, ABOUT, STATUS, TOKENIZER = "config.yaml", "run.json", "status.json", "tokenizer.json"
 # Keys that change what is written and when, but no number of the training: they may differ on --resume.
 FREE = ("wandb", "run.log_every", "run.save_every", "run.keep")
 
@@ -66,6 +67,7 @@ def create(run: Path, config: Config, data: Dataset, origin: dict[str, Any], com
     try:
         run.mkdir(parents=True, exist_ok=True)
         write_bytes(run / CONFIG, dumps(config).encode())
+        write_bytes(run / TOKENIZER, data.tokenizer.source)
     except Exception as error:
         if is_disk_full(error):
             raise disk_full(run) from error
