@@ -57,7 +57,7 @@ class Embed(nn.Module):
         self.unembed: nn.Parameter | None = None
         if not config.tied:
             self.unembed = nn.Parameter(torch.empty(vocab, dim).normal_(std=std))
-        self._kept: tuple[tuple[int, ...], Tensor] | None = None
+        self._kept: tuple[tuple[object, ...], Tensor] | None = None
 
     def freeze_input(self) -> None:
         """Freeze all that the first block reads: the rows and the map behind them."""
@@ -66,17 +66,26 @@ class Embed(nn.Module):
             self.project.requires_grad_(False)
 
     def table(self) -> Tensor:
-        """[V, D] input table. Without gradients it is made once and kept until a weight changes."""
+        """[V, D] input table. A map that nothing trains, or that a model in evaluation mode reads without
+        gradients, is applied once and kept until a weight is loaded or the mode changes. (An optimizer's
+        fused step changes weights without counting up their version, so training never reads what is kept.)
+        """
         if self.project is None:
             return self.weight * self.scale if self.scaled else self.weight
-        if torch.is_grad_enabled() and self.project.requires_grad:
+        trained = self.weight.requires_grad or self.project.requires_grad
+        if trained and (self.training or torch.is_grad_enabled()):
             return F.linear(self.weight * self.scale, self.project)
-        mode = torch.get_autocast_dtype(self.weight.device.type) if torch.is_autocast_enabled() else None
-        key = (self.weight._version, self.project._version, self.scale._version, hash(mode))
-        if self._kept is None or self._kept[0] != key or self._kept[1].device != self.weight.device:
+        device = self.weight.device
+        mode = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        key = (self.weight._version, self.project._version, self.scale._version, mode, device)
+        if self._kept is None or self._kept[0] != key:
             with torch.no_grad():
                 self._kept = (key, F.linear(self.weight * self.scale, self.project))
         return self._kept[1]
+
+    def train(self, mode: bool = True) -> Embed:
+        self._kept = None
+        return super().train(mode)
 
     def output_table(self, table: Tensor) -> Tensor:
         """[V, D] matrix that logits are read off, given this call's input table."""

@@ -24,6 +24,7 @@ from model import grow
 from model.config import arch_digest, load
 from model.hub import PACKAGES
 from model.lm import LanguageModel
+from model.ops.allocator import keep_freed_memory
 from model.schema import Config, ConfigError
 from train import checkpoint, optim, outer, rundir
 from train.errors import EXIT_DIVERGED, EXIT_USER, Diverged, UserError, is_disk_full
@@ -35,7 +36,7 @@ from train.plateau import Plateau
 from train.rundir import Source
 from train.schedule import Schedule
 from train.state import TrainState, load_model
-from train.world import World, joined, keep_pages
+from train.world import World, autocast, joined
 
 DATA = Path("data/pystdlib")
 RUNS = Path("runs")
@@ -74,7 +75,7 @@ class Stage:
 
 def run_all(request: Request) -> int:
     """Train every architecture in turn; returns the exit code (see `train.errors`)."""
-    keep_pages()
+    keep_freed_memory()
     with ExitStack() as stack:
         try:
             world = stack.enter_context(joined())
@@ -370,6 +371,8 @@ def sample(stage: Stage, state: TrainState, log: Log, world: World, new: int = 1
     if stage.heldout is None or not world.main:
         return
     prompt = stage.heldout.batch(0, 1).tokens[:, : min(32, stage.config.run.context)].to(world.device)
-    ids = state.model.generate(prompt, max_new_tokens=new, temperature=0.8, top_p=0.95, seed=0)[0].tolist()
+    with autocast(world.device, stage.config.run.precision):
+        out = state.model.generate(prompt, max_new_tokens=new, temperature=0.8, top_p=0.95, seed=0)
+    ids = out[0].tolist()
     decode, cut = stage.data.tokenizer.decode, prompt.shape[1]
     log.write("sample", state.step, tokens=state.tokens, prompt=decode(ids[:cut]), text=decode(ids[cut:]))

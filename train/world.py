@@ -7,9 +7,7 @@ Few collectives are used, so that gloo and NCCL behave alike.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -113,18 +111,3 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     """Random numbers depend on (seed, step, rank) alone, so a resumed run draws the same ones."""
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB) % 2**63
     torch.manual_seed(mixed)
-
-
-def keep_pages() -> None:
-    """Tell glibc's allocator to keep freed memory: giving large blocks back costs a page fault per reuse.
-
-    The same settings as the environment variables MALLOC_MMAP_MAX_=0, MALLOC_TRIM_THRESHOLD_ and
-    MALLOC_TOP_PAD_; other C libraries are left as they are.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 64 << 20)

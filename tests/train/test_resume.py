@@ -75,3 +75,22 @@ def test_growth_starts_where_the_smaller_model_ended(request_of, place) -> None:
     whole = Fit(request_of("again2", arch="small2"))
     rest = Fit(request_of("small2", arch="small2", resume=True))
     assert equal(whole.tensors(), rest.tensors()) and whole.losses() == rest.losses()
+
+
+def test_held_out_loss_is_that_of_the_saved_weights(request_of, place) -> None:
+    """Also where the token table is kept between calls: behind pretrained rows."""
+    from safetensors.torch import save_file
+
+    import model
+    from train.heldout import evaluate
+    from train.world import World
+
+    (place / "rows").mkdir()
+    save_file({"model.embed_tokens.weight": torch.randn(260, 48)}, place / "rows" / "model.safetensors")
+    embed = f"embed={{from: {place / 'rows'}, frozen: true, project: 32}}"
+    for sets in ((embed,), (embed, "run.precision=bf16")):
+        done = Fit(request_of(f"run{len(sets)}", *sets))
+        logged = [r["losses"] for r in done.records if r["kind"] == "eval"]
+        assert done.stage.heldout is not None and logged[-1] != logged[-2]
+        again = evaluate(model.load(done.stage.folder), done.stage.heldout, done.config.run, World())
+        assert again.losses == logged[-1]
