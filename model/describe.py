@@ -318,8 +318,8 @@ class _Mermaid:
 def si(value: float) -> str:
     """Three digits and a unit: 1.24M."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}" if abs(value) < 999.5 * size else f"{value / size:.0f}{unit}"
+        if abs(value) >= 0.9995 * size:
+            return f"{value / size:.3g}{unit}"
     return f"{value:.0f}"
 
 
