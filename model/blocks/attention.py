@@ -8,17 +8,28 @@ q_norm k_norm.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from model.core import Block, Cost, Ctx, State, Step, docs_of, positions_of
+from model.core import Block, Cost, Ctx, Docs, State, Step, docs_of, positions_of
 from model.ops.attention import attend
-from model.ops.attention.cache import empty_cache, extend
+from model.ops.attention.cache import Cache, empty_cache, extend
 from model.ops.attention.cpu import attention_flops
+from model.ops.conv import causal_conv
 from model.ops.norm import RMSNorm
 from model.ops.rope import rope, rope_tables
 from model.registry import block
+
+POSITIONS = ("rope", "alibi", "none")
+
+
+class ConvKV(NamedTuple):
+    """State with Primer convolutions: the cache, and their last inputs [B, (H + 2 G) K, conv - 1]."""
+
+    kv: Cache
+    conv: Tensor
 
 
 @block("attention")
@@ -28,11 +39,17 @@ class Attention(Block):
     head_dim: K.
     group:    query heads that share one key/value head: 1 is multi-head, `heads` is multi-query.
     heads:    H; None is dim / head_dim.
-    position: "rope" turns q and k by angle position * theta^(-2i/K), or "none".
+    position: "rope" turns q and k by angle position * theta^(-2i/K); "alibi" takes slope_h * distance off
+              the logits (arXiv 2108.12409); "none".
     qk_norm:  RMSNorm of every q and k head before the rotation (Qwen3).
+    conv:     width of causal depthwise convolutions on q, k and v (Primer, arXiv 2109.08668, has 3), which
+              start as the identity; 0 is none.
+    sinks:    one learned logit per head that joins every softmax and carries no value, so that a head may
+              attend to nothing (gpt-oss).
     backend:  of `model.ops.attention`; a named one never falls back.
 
-    State: the keys and values of each row's last document, `GrowingKV` or, with a capacity, `FixedKV`.
+    State: the keys and values of each row's last document, `GrowingKV` or, with a capacity, `FixedKV`;
+    with `conv`, a `ConvKV`.
     Raises ValueError when heads, head_dim and group do not divide.
     """
 
@@ -45,9 +62,11 @@ class Attention(Block):
         head_dim: int = 64,
         group: int = 1,
         heads: int | None = None,
-        position: Literal["rope", "none"] = "rope",
+        position: Literal["rope", "alibi", "none"] = "rope",
         theta: float = 10_000.0,
         qk_norm: bool = False,
+        conv: int = 0,
+        sinks: bool = False,
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
@@ -55,8 +74,10 @@ class Attention(Block):
         heads = _heads(dim, head_dim, heads)
         if group < 1 or heads % group:
             raise ValueError(f"group={group} must divide the {heads} query heads")
-        if position not in ("rope", "none"):
-            raise ValueError(f"position={position!r}: must be 'rope' or 'none'")
+        if position not in POSITIONS:
+            raise ValueError(f"position={position!r}: must be one of {', '.join(POSITIONS)}")
+        if conv < 0:
+            raise ValueError(f"conv={conv}: a width, or 0 for none")
         if position == "rope" and head_dim % 2:
             raise ValueError(f"head_dim={head_dim} must be even for RoPE")
         self.heads, self.kv_heads, self.head_dim = heads, heads // group, head_dim
@@ -68,45 +89,81 @@ class Attention(Block):
         self.o_proj.residual_out = True  # type: ignore[assignment]
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
+        self.sinks = nn.Parameter(torch.zeros(heads)) if sinks else None
+        self.conv_weight = nn.Parameter(self._identity_taps(conv)) if conv else None
 
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> State:
-        return empty_cache(
-            batch,
-            like,
-            heads=self.kv_heads,
-            widths=(self.head_dim, self.head_dim),
-            window=self.window,
-            capacity=capacity,
+        widths = self.head_dim, self.head_dim
+        kv = empty_cache(
+            batch, like, heads=self.kv_heads, widths=widths, window=self.window, capacity=capacity
         )
+        if self.conv_weight is None:
+            return kv
+        channels, width = self.conv_weight.shape
+        return ConvKV(kv, like.new_zeros(batch, channels, width - 1))
 
     def forward(self, x: Tensor, state: State | None = None, ctx: Ctx | None = None) -> Step:
         docs = docs_of(ctx)
-        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        kv, conv = state if isinstance(state, ConvKV) else (state, None)
+        q, k, v, conv = self._project(x, state is not None, conv, docs)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.position == "rope":
-            seen = None if state is None else state.seen
+            seen = None if kv is None else kv.seen
             rows = 1 if docs is None and seen is None else x.shape[0]
             positions = positions_of(docs, seen, rows, x.shape[1], x.device)
             cos, sin = rope_tables(positions, self.head_dim, self.theta, x.dtype)
             q, k = rope(q, cos, sin), rope(k, cos, sin)
-        view, state = extend(state, k, v, docs)
-        y = attend(q, **view._asdict(), window=self.window, backend=self.backend)
-        return Step(self.o_proj(y.flatten(2)), state)
+        slopes = alibi_slopes(self.heads, x.device) if self.position == "alibi" else None
+        view, after = extend(kv, k, v, docs)
+        y = attend(
+            q, **view._asdict(), window=self.window, slopes=slopes, sinks=self.sinks, backend=self.backend
+        )
+        return Step(
+            self.o_proj(y.flatten(2)), after if after is None or conv is None else ConvKV(after, conv)
+        )
+
+    def _project(
+        self, x: Tensor, stateful: bool, conv: Tensor | None, docs: Docs | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q [B, T, H, K], k and v [B, T, G, K], and the convolutions' state after the call."""
+        parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.conv_weight is not None:
+            qkv = torch.cat(parts, dim=-1)
+            taps = self.conv_weight.to(qkv.dtype)
+            qkv, conv = causal_conv(qkv, taps, state=conv, docs=docs, want_state=stateful)
+            parts = qkv.split([p.shape[-1] for p in parts], dim=-1)
+        q, k, v = (p.unflatten(-1, (-1, self.head_dim)) for p in parts)
+        return q, k, v, conv
+
+    def _identity_taps(self, width: int) -> Tensor:
+        """[(H + 2 G) K, width]: only the newest tap, so that training starts from plain attention."""
+        taps = torch.zeros((self.heads + 2 * self.kv_heads) * self.head_dim, width)
+        taps[:, -1] = 1
+        return taps
 
     def cost(self, T: int) -> Cost:
         """FLOPs of the products of SDPA, those under the mask included, as FlopCounterMode counts them.
 
         torch has no formula for its CPU kernel; `model.ops.attention` registers the one of the CUDA kernels.
+        Convolutions are elementwise and not counted, as there.
         """
-        flops = attention_flops(T, self.heads, self.head_dim, self.head_dim, self.window)
+        flops = attention_flops(
+            T,
+            self.heads,
+            self.head_dim,
+            self.window,
+            sinks=self.sinks is not None,
+            slopes=self.position == "alibi",
+        )
         token = 2.0 * self.kv_heads * self.head_dim * self.k_proj.weight.element_size()
-        count = 8.0
+        fixed = 8.0  # the count of tokens
+        if self.conv_weight is not None:
+            channels, width = self.conv_weight.shape
+            fixed += channels * (width - 1) * self.conv_weight.element_size()
         if self.window is None:
-            return Cost(flops, state_fixed=count, state_per_token=token)
-        return Cost(flops, state_fixed=count + (self.window - 1) * token)
+            return Cost(flops, state_fixed=fixed, state_per_token=token)
+        return Cost(flops, state_fixed=fixed + (self.window - 1) * token)
 
 
 def _heads(dim: int, head_dim: int, heads: int | None) -> int:
@@ -119,3 +176,13 @@ def _heads(dim: int, head_dim: int, heads: int | None) -> int:
             f"dim={dim} is not a multiple of head_dim={head_dim}: change one{hint}, or set heads"
         )
     return dim // head_dim
+
+
+def alibi_slopes(heads: int, device: torch.device) -> Tensor:
+    """[H] fp32: 2^(-8 h / H) for h = 1..H; for other than powers of two, the paper's interpolation."""
+
+    def of(n: int) -> list[float]:
+        return [2 ** (-8 * (h + 1) / n) for h in range(n)]
+
+    power = 1 << (heads.bit_length() - 1)
+    return torch.tensor((of(power) + of(2 * power)[::2])[:heads], device=device)

@@ -27,9 +27,11 @@ class SlidingWindowAttention(Attention):
         head_dim: int = 64,
         group: int = 1,
         heads: int | None = None,
-        position: Literal["rope", "none"] = "rope",
+        position: Literal["rope", "alibi", "none"] = "rope",
         theta: float = 10_000.0,
         qk_norm: bool = False,
+        conv: int = 0,
+        sinks: bool = False,
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
@@ -43,6 +45,8 @@ class SlidingWindowAttention(Attention):
             position=position,
             theta=theta,
             qk_norm=qk_norm,
+            conv=conv,
+            sinks=sinks,
             norm_eps=norm_eps,
             backend=backend,
         )

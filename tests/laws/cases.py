@@ -13,6 +13,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "attention": [
         {"params": {"head_dim": 16}},
         {"params": {"head_dim": 8, "group": 2, "qk_norm": True, "position": "none"}},
+        {"params": {"head_dim": 8, "position": "alibi", "sinks": True, "conv": 3}},
     ],
     "mamba2": [
         {"params": {"head_dim": 8, "state": 4, "groups": 2, "chunk": 8}},
@@ -28,7 +29,11 @@ CASES: dict[str, list[dict[str, Any]]] = {
             }
         }
     ],
-    "swa": [{"params": {"head_dim": 16, "window": 5}}, {"params": {"head_dim": 8, "group": 4, "window": 2}}],
+    "swa": [
+        {"params": {"head_dim": 16, "window": 5}},
+        {"params": {"head_dim": 8, "group": 4, "window": 2}},
+        {"params": {"head_dim": 16, "window": 6, "position": "alibi", "sinks": True, "conv": 3}},
+    ],
 }
 
 EXEMPT: dict[tuple[str, str], str] = {}

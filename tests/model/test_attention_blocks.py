@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.blocks.attention import alibi_slopes
 from model.core import Ctx, Docs
+from model.ops.attention import attend
 from model.ops.norm import RMSNorm
 from model.ops.rope import rope_tables
 from model.registry import make_block
@@ -80,6 +82,44 @@ def test_equals_transformers(kind, name, params):
     assert relative(torch.cat(ys, dim=1), want) < 1e-5
 
 
+@pytest.mark.parametrize("window", [None, 9])
+def test_learned_sinks_equal_gpt_oss(window):
+    from types import SimpleNamespace
+
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+    q, k, v = torch.randn(2, 30, 6, 16), torch.randn(2, 30, 2, 16), torch.randn(2, 30, 2, 16)
+    sinks = torch.randn(6)
+    index = torch.arange(30)
+    distance = index[:, None] - index
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    mask = torch.zeros(1, 1, 30, 30).masked_fill(hidden, torch.finfo(torch.float32).min)
+    module = SimpleNamespace(num_key_value_groups=3, sinks=sinks, training=False)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    want = eager_attention_forward(module, *heads_first, mask, scaling=16**-0.5)[0]
+    assert relative(attend(q, k, v, window=window, sinks=sinks), want) < 1e-6
+
+
+def test_alibi_slopes_of_the_paper():
+    cpu = torch.device("cpu")
+    assert alibi_slopes(8, cpu).tolist() == [2.0**-h for h in range(1, 9)]
+    twelve = [2.0**-h for h in range(1, 9)] + [2 ** -(h - 0.5) for h in range(1, 5)]
+    torch.testing.assert_close(alibi_slopes(12, cpu), torch.tensor(twelve))
+
+
+def test_primer_convolutions_start_as_the_identity():
+    plain = make_block("attention", 32, head_dim=8, group=2)
+    primer = make_block("attention", 32, head_dim=8, group=2, conv=3)
+    missing, unexpected = primer.load_state_dict(plain.state_dict(), strict=False)
+    assert missing == ["conv_weight"] and not unexpected
+    x = torch.randn(2, 12, 32)
+    torch.testing.assert_close(primer(x).y, plain(x).y)
+    with torch.no_grad():
+        primer.conv_weight[:, 0] += 1
+    assert not torch.allclose(primer(x).y[:, 2:], plain(x).y[:, 2:])
+    torch.testing.assert_close(primer(x).y[:, :1], plain(x).y[:, :1])
+
+
 def test_packed_swa_equals_transformers_on_separate_documents():
     peer = hf_attention("mistral")
     block = make_block("swa", 96, head_dim=16, group=3, window=24)
@@ -146,8 +186,9 @@ def test_samba_is_four_residual_parts():
 
 @pytest.mark.parametrize("T", [40, 600])
 @pytest.mark.parametrize("name", ["attention", "swa"])
-def test_cost_is_the_flop_counter_beyond_linears(name, T):
-    block = make_block(name, 64, head_dim=16, group=2)
+@pytest.mark.parametrize("more", [{}, {"sinks": True}, {"position": "alibi", "conv": 3}], ids=str)
+def test_cost_is_the_flop_counter_beyond_linears(name, T, more):
+    block = make_block(name, 64, head_dim=16, group=2, **more)
     linears = sum(2 * T * m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
     with FlopCounterMode(display=False) as counter:
         block(torch.randn(1, T, 64))
@@ -161,6 +202,7 @@ def test_cost_is_the_flop_counter_beyond_linears(name, T):
         ("attention", {"head_dim": 16, "group": 3}, "group=3 must divide the 4 query heads"),
         ("attention", {"head_dim": 1}, "even for RoPE"),
         ("attention", {"position": "absolute"}, "must be"),
+        ("attention", {"head_dim": 16, "conv": -1}, "conv=-1"),
         ("swa", {"window": 0}, "window=0"),
         ("mlp", {"act": "relu"}, "must be one of swiglu"),
         ("mlp", {"mult": -1.0}, "must be > 0"),

@@ -113,8 +113,8 @@ def _mask(
     if slopes is None:
         return seen
     distance = at.positions[:, None, :, None] - key_at.positions[:, None, None, :]
-    bias = -slopes.to(at.positions.device)[:, None, None] * distance
-    return bias.masked_fill(~seen, float("-inf")).to(dtype)
+    bias = -slopes.to(_bias_dtype(dtype))[:, None, None] * distance
+    return bias.masked_fill(~seen, float("-inf"))
 
 
 def _blocked(
@@ -169,20 +169,31 @@ def _index_mask(
     mask = seen & real[:, None, None, :]
     if slopes is None:
         return mask
-    bias = -slopes[:, None, None] * distance
-    return bias.expand(n, *bias.shape).masked_fill(~mask, float("-inf")).to(like.dtype)
+    bias = -slopes.to(_bias_dtype(like.dtype))[:, None, None] * distance
+    return bias.expand(n, *bias.shape).masked_fill(~mask, float("-inf"))
 
 
-def attention_flops(T: int, heads: int, K: int, V: int, window: int | None = None) -> int:
-    """FLOPs of a forward over one row of T tokens in one document: every product made, masked or not."""
-    if window is None or window >= T:
-        return 2 * heads * T * T * (K + V)
-    b = block_size(window)
-    if b >= T:
-        return 2 * heads * T * T * (K + V)
+def _bias_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Distances beyond 256 do not survive bf16; SDPA takes an fp32 bias with any queries."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def attention_flops(
+    T: int, heads: int, width: int, window: int | None = None, *, sinks: bool = False, slopes: bool = False
+) -> int:
+    """FLOPs of a forward over one row of T tokens in one document: every product made, masked or not.
+
+    width: K = V. The kernel of a learned sink works on one more key and wider heads.
+    """
+    more = int(sinks)
+    width += more * (8 - width % 8)
+    causal = not slopes and (window is None or window >= T)
+    b = T if causal or window is None else min(T, block_size(window))
+    if b == T or window is None:
+        return 4 * heads * width * (T + more * causal) * (T + more)
     n = -(-T // b)
     m = min(-(-(window - 1) // b), n - 1)
-    return 2 * heads * n * b * (m + 1) * b * (K + V)
+    return 4 * heads * width * n * b * ((m + 1) * b + more)
 
 
 def _teach_flop_counter() -> None:
