@@ -15,6 +15,19 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"params": {"head_dim": 8, "group": 2, "qk_norm": True, "position": "none"}},
         {"params": {"head_dim": 8, "position": "alibi", "sinks": True, "conv": 3}},
     ],
+    # T is longer than a chunk: 64, and 32 for kda.
+    "gla": [
+        {"dim": 16, "T": 70, "params": {"heads": 2}},
+        {"dim": 16, "params": {"heads": 2, "conv": 3, "gate_floor": -0.5}},
+    ],
+    "retention": [{"dim": 16, "T": 70, "params": {"heads": 2}}],
+    "deltanet": [
+        {"dim": 16, "T": 70, "params": {"heads": 2}},
+        {"dim": 16, "params": {"heads": 2, "conv": 0, "negative": True, "use_gate": True}},
+    ],
+    "gated_deltanet": [{"dim": 16, "T": 70, "params": {"heads": 2}}],
+    "kda": [{"dim": 16, "T": 40, "params": {"heads": 2}}],
+    "rwkv6": [{"dim": 16, "T": 70, "params": {"heads": 2, "shift_rank": 3, "decay_rank": 4}}],
     "mamba2": [
         {"params": {"head_dim": 8, "state": 4, "groups": 2, "chunk": 8}},
         {"params": {"head_dim": 16, "state": 3, "chunk": 5, "dt_limit": [0.001, 0.5]}},

@@ -64,8 +64,9 @@ def gla(
     state: Tensor | None = None,
     docs: Documents | None = None,
     floor: float | None = None,
+    want_state: bool = True,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """S_t = diag(exp g_t) S_{t-1} + k_t v_t^T,  o_t = scale q_t^T S_t  (Yang et al., arXiv 2312.06635).
 
     q, k:  [B, T, H, K].  v: [B, T, H, V].
@@ -73,14 +74,14 @@ def gla(
            state-space dual's operator serves it.
     scale: K^-1/2 by default.
     floor: a bound that the caller guarantees, g >= floor; the fast form is then chosen without a look.
+    want_state: False saves making the final state, where it costs something, and gives None.
     """
     scale = _check("gla", q, k, v, scale, state, g=g)
     if g.dim() == 3:
-        o, last = ssd(v, g, k, q * scale, state=state, docs=docs, want_state=True, backend=backend)
-        assert last is not None
-        return o, last
+        return ssd(v, g, k, q * scale, state=state, docs=docs, want_state=want_state, backend=backend)
     chosen = choose("gla", backend, v, docs=docs)
-    return chosen.fn(q, k, v, g, scale=scale, state=state, docs=docs, floor=floor)
+    o, last = chosen.fn(q, k, v, g, scale=scale, state=state, docs=docs, floor=floor)
+    return o, (last if want_state else None)
 
 
 def rwkv6(
