@@ -1,106 +1,38 @@
-"""From the grammar to a plan: which bank module is visited at which site.
+"""From the grammar to a plan (`model.items`): which bank module is visited at which site.
 
-The plan is plain data. Weights live once, by name, in the bank; a plan item says where they are used:
-
-    Visit(site, module)            x -> x + block(norm(x)), or a bare block
-    Bracket(site, module, inner)   enter ... exit; `turned` runs exit first (reading: whole)
-    Fade(site, module, inner)      x -> (1-s) x + s inner(x), or x + s inner(x) for a residual shell
-
-Sharing, growing, freezing, counting and checkpoints read this and need no special case. Bank names do
-not depend on what comes after them, so a model's names are a prefix of those of the model grown from it.
+Bank names do not depend on what comes after them, so a model's names are a prefix of those of the model
+grown from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
-from model.registry import BLOCKS, did_you_mean
+import torch
+
+from model.items import Bracket, Cross, Fade, Item, ModuleSpec, Plan, Visit, walk
+from model.registry import BLOCKS, did_you_mean, make_block
 from model.schema import (
     BlockNode,
     Config,
     ConfigError,
     Mark,
+    MemorySpec,
     Node,
     OnionNode,
     RepeatNode,
     ShellNode,
     UseNode,
+    YocoNode,
 )
 
-
-@dataclass(frozen=True)
-class ModuleSpec:
-    """How one bank module is built.
-
-    kind:  block | quant | adapter | fade.     name: registered name (blocks, quantizers).
-    dim:   width outside.                      shell: the onion shell that it belongs to, if any.
-    """
-
-    kind: Literal["block", "quant", "adapter", "fade"]
-    name: str
-    dim: int
-    params: dict[str, Any] = field(default_factory=dict)
-    frozen: bool = False
-    shell: str | None = None
-    mark: Mark = Mark()
-
-
-@dataclass(frozen=True)
-class Visit:
-    site: str
-    module: str
-
-
-@dataclass(frozen=True)
-class Bracket:
-    site: str
-    module: str
-    inner: tuple[Item, ...] = ()
-    turned: bool = False
-
-
-@dataclass(frozen=True)
-class Fade:
-    site: str
-    module: str
-    inner: tuple[Item, ...] = ()
-    residual: bool = False
-
-
-Item = Visit | Bracket | Fade
-
-
-@dataclass(frozen=True)
-class Plan:
-    """items in order; bank modules by name, in order of first visit; whether the embedding's own linear
-    map stays frozen because the first shell, which reads it, is frozen."""
-
-    items: tuple[Item, ...]
-    modules: dict[str, ModuleSpec]
-    freeze_input: bool = False
-
-    def walk(self) -> Iterator[Item]:
-        """Every item, outer before inner, in order of execution."""
-        yield from _walk(self.items)
-
-    def sites(self) -> dict[str, str]:
-        """Site path -> bank module name, in order."""
-        return {item.site: item.module for item in self.walk()}
-
-
-def _walk(items: tuple[Item, ...]) -> Iterator[Item]:
-    for item in items:
-        yield item
-        if not isinstance(item, Visit):
-            yield from _walk(item.inner)
+__all__ = ["Bracket", "Cross", "Fade", "Item", "ModuleSpec", "Plan", "Visit", "make_plan"]
 
 
 def make_plan(config: Config) -> Plan:
     """The plan of a configuration. Raises ConfigError with the place in the file."""
     builder = _Builder()
-    items = builder.nodes(config.stack, config.dim)
+    items = builder.settle(builder.nodes(config.stack, config.dim), config)
     if builder.errors:
         raise ConfigError(builder.errors)
     onion = next((n for n in config.stack if isinstance(n, OnionNode)), None)
@@ -109,11 +41,12 @@ def make_plan(config: Config) -> Plan:
 
 @dataclass(frozen=True)
 class _Place:
-    """Prefixes of site paths and of module names, and the shell that is being built."""
+    """Prefixes of site paths and of module names, the shell that is being built, the memory in reach."""
 
     site: str = ""
     module: str = "b"
     shell: ShellNode | None = None
+    memory: MemorySpec | None = None
 
 
 class _Builder:
@@ -125,6 +58,7 @@ class _Builder:
         self.errors: list[str] = []
         self._sites: set[str] = set()
         self._counts: dict[str, int] = {}
+        self._skips: dict[str, YocoNode] = {}  # by site of the memory
 
     # -- naming
 
@@ -133,6 +67,11 @@ class _Builder:
             self.errors.append(f"{spec.mark}: two parts of the model want the name {name!r}; rename one")
         self.modules[name] = spec
         return name
+
+    def _numbered(self, at: _Place, name: str) -> str:
+        n = self._counts.get(at.module, 0)
+        self._counts[at.module] = n + 1
+        return f"{at.module}{n}_{name}"
 
     def _site(self, path: str) -> str:
         site, n = path, 2
@@ -156,25 +95,20 @@ class _Builder:
                 out.extend(self._repeat(node, dim, at))
             elif isinstance(node, OnionNode):
                 out.extend(self._onion(node, dim))
+            elif isinstance(node, YocoNode):
+                out.extend(self._yoco(node, dim, at))
             else:
                 raise TypeError(f"the plan knows no node {type(node).__name__}")
         return tuple(out)
 
     def _block(self, node: BlockNode, dim: int, at: _Place) -> Visit:
-        check = getattr(BLOCKS.get(node.name), "validate", None)
-        if check is not None:
-            try:
-                check(dim, **node.params)
-            except ValueError as error:
-                self.errors.append(f"{node.mark}: {node.name}: {error}")
         if node.as_ is None:
-            n = self._counts.get(at.module, 0)
-            self._counts[at.module] = n + 1
-            name = f"{at.module}{n}_{node.name}"
+            name = self._numbered(at, node.name)
         else:
             name = self.labels[node.as_] = node.as_
+        params = self._reader(node, dim, at) if _reads_memory(node.name) else node.params
         frozen, shell = (at.shell.frozen, at.shell.name) if at.shell else (False, None)
-        self._module(name, ModuleSpec("block", node.name, dim, node.params, frozen, shell, node.mark))
+        self._module(name, ModuleSpec("block", node.name, dim, params, frozen, shell, node.mark))
         return Visit(self._site(at.site + name), name)
 
     def _use(self, node: UseNode, dim: int, at: _Place) -> list[Item]:
@@ -189,6 +123,8 @@ class _Builder:
             self.errors.append(
                 f"{node.mark}: {node.use!r} has width {self.modules[name].dim}, but the stream here has {dim}"
             )
+        if _reads_memory(self.modules[name].name) and at.memory is None:
+            self.errors.append(f"{node.mark}: {node.use!r} reads a memory: {_NO_MEMORY}")
         return [Visit(self._site(at.site + name), name)]
 
     def _repeat(self, node: RepeatNode, dim: int, at: _Place) -> list[Item]:
@@ -211,9 +147,87 @@ class _Builder:
                 out.append(Visit(site, item.module))
             elif isinstance(item, Bracket):
                 out.append(Bracket(site, item.module, self._again(item.inner, rename), item.turned))
+            elif isinstance(item, Cross):
+                out.append(Cross(site, item.module, self._again(item.inner, rename)))
             else:
                 out.append(Fade(site, item.module, self._again(item.inner, rename), item.residual))
         return tuple(out)
+
+    # -- yoco
+
+    def _yoco(self, node: YocoNode, dim: int, at: _Place) -> tuple[Item, ...]:
+        """The self half, then the memory with the cross half inside (arXiv 2405.05254)."""
+        spec = node.yoco
+        own = self.nodes(spec.self_, dim, at)
+        memory, mark = spec.memory, spec.memory.mark
+        width, heads = memory.head_dim, dim // memory.head_dim
+        if dim % width or heads % memory.group or (width % 2 and memory.position == "rope"):
+            self.errors.append(
+                f"{mark}: head_dim: {width}, group: {memory.group} at width {dim}: head_dim must divide the"
+                " width (and be even for RoPE), and group the query heads"
+            )
+            return own
+        params = {
+            "head_dim": width,
+            "heads": heads // memory.group,
+            "position": memory.position,
+            "theta": memory.theta,
+        }
+        frozen, shell = (at.shell.frozen, at.shell.name) if at.shell else (False, None)
+        name = self._numbered(at, "memory")
+        self._module(name, ModuleSpec("memory", "memory", dim, params, frozen, shell, mark))
+        site = self._site(at.site + name)
+        inner = self.nodes(spec.cross, dim, replace(at, memory=memory))
+        if not self.errors and not any(self._reads(item) for item in walk(inner)):
+            self.errors.append(f"{node.mark}: nothing in `cross` reads the memory; want an xattn there")
+        self._skips[site] = node
+        return (*own, Cross(site, name, inner))
+
+    def _reads(self, item: Item) -> bool:
+        return isinstance(item, Visit) and _reads_memory(self.modules[item.module].name)
+
+    def _reader(self, node: BlockNode, dim: int, at: _Place) -> dict:
+        """Parameters of a block that reads the memory: its head width is the memory's."""
+        if at.memory is None:
+            self.errors.append(f"{node.mark}: {node.name} reads a memory: {_NO_MEMORY}")
+            return node.params
+        width, group = at.memory.head_dim, at.memory.group
+        given, kv = node.params.get("head_dim") or width, dim // width // group
+        heads = node.params.get("heads") or dim // width
+        if given != width or heads % max(kv, 1):
+            self.errors.append(
+                f"{node.mark}: {node.name} has {heads} heads of width {given}, but the memory has {kv} of width"
+                f" {width}: widths must be equal and the memory's heads divide the block's"
+            )
+        return {**node.params, "head_dim": width}
+
+    def settle(self, items: tuple[Item, ...], config: Config) -> tuple[Item, ...]:
+        """Decide where a prefill may skip the cross half: where nothing needs its other tokens."""
+        out = list(items)
+        for site, node in self._skips.items():
+            i = next((i for i, item in enumerate(items) if item.site == site), None)
+            why = None if self.errors else self._why_not(items, i, config)
+            if why is not None and node.yoco.skip == "on":
+                self.errors.append(f"{node.mark}: skip: on, but {why}; use `skip: auto`")
+            item = None if i is None else items[i]
+            if isinstance(item, Cross) and why is None and node.yoco.skip != "off":
+                out[i] = replace(item, skip=True)
+        return tuple(out)
+
+    def _why_not(self, items: tuple[Item, ...], i: int | None, config: Config) -> str | None:
+        """Why the cross half of item i has to see every token of a prompt, or None."""
+        if i is None:
+            return "this yoco stands inside another one or inside a bracket, which needs every token"
+        if i + 1 < len(items):
+            return "something follows this yoco and needs every token"
+        for item in walk(items[i].inner):  # type: ignore[union-attr]
+            spec = self.modules[item.module]
+            if isinstance(item, Bracket | Cross) or (isinstance(item, Visit) and _keeps_state(spec)):
+                return f"{spec.name} in its cross half ({spec.mark}) keeps a state, which needs every token"
+        for name, head in config.heads.items():
+            if head.ffn is not None and _keeps_state(ModuleSpec("block", "mlp", config.dim, head.ffn)):
+                return f"the head {name!r} keeps a state, which needs every token"
+        return None
 
     # -- onion
 
@@ -302,3 +316,17 @@ class _Builder:
             ),
         )
         return (Fade(self._site(f"{shell.name}.fade"), fade, (bracket,), shell.residual),)
+
+
+_NO_MEMORY = "it stands in no `cross` half of a yoco (a bracket in between hides the memory)"
+
+
+def _reads_memory(name: str) -> bool:
+    return getattr(BLOCKS.get(name), "reads_memory", False)
+
+
+def _keeps_state(spec: ModuleSpec) -> bool:
+    """Whether such a block has a state, tried on the meta device, which takes no memory."""
+    with torch.device("meta"):
+        block = make_block(spec.name, spec.dim, **spec.params)
+        return block.init_state(1, torch.empty(())) is not None

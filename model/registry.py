@@ -7,6 +7,7 @@ reader takes names, types and defaults from it, so nothing is said twice.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -42,7 +43,7 @@ class Registry:
             if old is not None and old.__qualname__ != cls.__qualname__:
                 raise ValueError(f"two classes want to be the {self.kind} {name!r}: {old} and {cls}")
             self._classes[name] = cls
-            cls.registered_name = name
+            cls.registered_name = name  # type: ignore[attr-defined]
             return cls
 
         return add
@@ -72,6 +73,7 @@ class Registry:
             importlib.import_module(f"{self.package}.{info.name}")
 
 
+@functools.cache
 def signature_params(cls: type) -> dict[str, Param]:
     """Keyword parameters of a class's `__init__` with resolved annotations, without self and dim."""
     init = cls.__init__  # type: ignore[misc]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ARCH_KEYS = ("dim", "vocab", "defaults", "embed", "stack", "heads", "init_std")
+ARCH_KEYS = ("dim", "vocab", "embed", "stack", "heads", "init_std")  # defaults are applied to the stack
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,49 @@ class OnionNode:
     mark: Mark = _mark()
 
 
-Node = BlockNode | UseNode | RepeatNode | OnionNode
+@dataclass(frozen=True)
+class MemorySpec:
+    """The one key/value memory of a yoco, its only cache that grows with the context.
+
+    head_dim: width of a key and of a value.
+    group:    query heads (dim / head_dim of them) that share one key/value head.
+    position: `rope` turns the keys when they are written, and the queries that read them.
+    """
+
+    head_dim: int = 64
+    group: int = 1
+    position: Literal["rope", "none"] = "rope"
+    theta: float = 10_000.0
+    mark: Mark = _mark()
+
+
+@dataclass(frozen=True)
+class YocoSpec:
+    """The two halves of a yoco and the memory in between.
+
+    skip: whether a prompt's prefill runs the cross half on its last token alone. `auto`: where that
+          changes no logit, that is, where nothing in the cross half or after it keeps a state; `on` is
+          refused elsewhere.
+    """
+
+    self_: list[Node]
+    memory: MemorySpec
+    cross: list[Node]
+    skip: Literal["auto", "on", "off"] = "auto"
+
+
+@dataclass(frozen=True)
+class YocoNode:
+    """`{yoco: {self: [...], memory: {...}, cross: [...]}}`: "you only cache once", arXiv 2405.05254.
+
+    The self half makes x; one memory is written from it; every `xattn` of the cross half reads it.
+    """
+
+    yoco: YocoSpec
+    mark: Mark = _mark()
+
+
+Node = BlockNode | UseNode | RepeatNode | OnionNode | YocoNode
 
 
 # ----------------------------------------------------------------------------- architecture
