@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -311,3 +312,40 @@ def test_a_broken_wandb_costs_the_training_nothing(here, data, monkeypatch) -> N
 
     monkeypatch.setattr(train.metrics.sys, "executable", "/bin/false")
     assert run("--arch", "tiny.yaml", "--data", data, "--set", "wandb=offline") == 0
+
+
+def test_status_report_and_evaluate(here, data, capsys) -> None:
+    """What is there to look at runs with, on a grown pair; the report needs the records alone."""
+    from train.__main__ import main as tools
+    from train.evaluate import main as evaluate
+
+    assert run("--arch", "small1.yaml", "--arch", "small2.yaml", "--data", data, "--run", "both") == 0
+    capsys.readouterr()
+    assert tools(["status", "both"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("complete") == 2 and "8/8" in shown
+    assert evaluate(["both/small2", "--tokens", "512", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((here / "both" / "small2" / "evaluation.json").read_text())
+    assert set(result["heads"]) == {"recon", "next"} and result["step"] == 8
+    logged = [r for r in read(here / "both" / "small2") if r["kind"] == "eval"][-1]
+    for head in ("recon", "next"):  # small2 scores 256 tokens while training, and 512 here: near, not equal
+        assert result["heads"][head]["nats"] == pytest.approx(logged["losses"][head], rel=0.2)
+        ratio = result["heads"][head]["bits_per_byte"] / result["heads"][head]["nats"]
+        assert ratio == pytest.approx(1 / math.log(2), rel=0.1)  # bytes, but EOS counts none
+    assert [p["beyond"] for p in result["positions"]][-1] is True
+    assert result["positions"][0]["first"] == 0 and result["positions"][0]["targets"] > 0
+    for name in ("small1", "small2"):
+        kept = here / "records" / name
+        kept.mkdir(parents=True)
+        shutil.copy(here / "both" / name / "metrics.jsonl", kept)
+    assert tools(["report", "records/small1", "records/small2", "--out", "page"]) == 0
+    page = (here / "page" / "README.md").read_text()
+    assert "small1 -> small2" in page and "⟶" in page and "fresh" in page
+    for picture in ("losses", "codes", "bits", "speed"):
+        assert f"{picture}.png" in page
+        assert (here / "page" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    for bad in (["status", "nowhere"], ["report", "nowhere"]):
+        assert tools(bad) == 2
+    assert evaluate(["nowhere"]) == 2 and evaluate(["both/small2", "--data", "nowhere"]) == 2
+    assert "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,94 @@
+"""`python -m train status RUN...` and `python -m train report RUN... [--out DIR]`."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dataset.files import DatasetError
+from train import rundir
+from train.errors import EXIT_USER, UserError
+from train.hooks import duration
+from train.metrics import read
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="python -m train", description="Look at training runs.")
+    commands = p.add_subparsers(dest="command", required=True)
+    status = commands.add_parser("status", help="where runs stand")
+    status.add_argument("runs", type=Path, nargs="+", help="run folders, or folders of runs")
+    report = commands.add_parser("report", help="a page with plots and sample text")
+    report.add_argument("runs", type=Path, nargs="+", help="run folders, in the order they grew")
+    report.add_argument("--out", type=Path, default=None, help="folder of the page (default: RUN/report)")
+    args = p.parse_args(argv)
+    try:
+        if args.command == "status":
+            Console().print(status_table(args.runs))
+        else:
+            from train.report import write  # plotting takes a while to import
+
+            print(write(args.runs, args.out or args.runs[-1] / "report"))
+    except (UserError, DatasetError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    return 0
+
+
+def status_table(paths: list[Path]) -> Table:
+    """One row a run. Raises UserError for a folder with none."""
+    table = Table()
+    table.add_column("run", overflow="fold")
+    table.add_column("status", no_wrap=True)
+    for title in ("step", "tokens", "loss", "bits/byte", "tokens/s", "MFU", "left"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for path in paths:
+        found = (
+            [path]
+            if (path / rundir.ABOUT).is_file()
+            else sorted(p.parent for p in path.glob(f"*/{rundir.ABOUT}"))
+        )
+        if not found:
+            raise UserError(f"{path}: no run here, nor in a folder below")
+        for run in found:
+            table.add_row(*status_row(run))
+    return table
+
+
+def status_row(run: Path) -> list[str]:
+    status, records = rundir.status_of(run), list(read(run))
+    train = next((r for r in reversed(records) if r["kind"] == "train"), None)
+    scores = next((r for r in reversed(records) if r["kind"] == "eval"), None)
+    word = status["status"]
+    if word == "running" and not held(run):
+        word = "interrupted"
+    step, total = (train or status).get("step", 0), status.get("total", 0)
+    row = [str(run), word, f"{step}/{total}", f"{train['tokens']:,}" if train else ""]
+    row.append(f"{train['loss']:.4f}" if train and train["loss"] is not None else "")
+    bits = ((head, value) for head, value in (scores or {}).get("bpb", {}).items() if value is not None)
+    row.append("\n".join(f"{head} {value:.3f}" for head, value in bits))
+    if not train or not train["tokens_per_s"]:
+        return [*row, "", "", ""]
+    left = (total - step) * train["tokens"] / max(1, step) / train["tokens_per_s"]
+    mfu = f"{train['mfu']:.1%}" if train.get("mfu") else ""
+    return [*row, f"{train['tokens_per_s']:,.0f}", mfu, duration(left) if word == "running" else ""]
+
+
+def held(run: Path) -> bool:
+    """Whether a process is training in the folder."""
+    try:
+        with open(run / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
