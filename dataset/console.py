@@ -21,7 +21,7 @@ HELP = argparse.RawDescriptionHelpFormatter
 
 def bar(label: str) -> Progress:
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn(label), *columns, console=console)
+    return Progress(TextColumn(label), *columns, console=console, transient=True)
 
 
 def print_table(title: str, rows: list[tuple[str, str]]) -> None:

@@ -50,6 +50,42 @@ class _Watched(io.RawIOBase):
         return len(data)
 
 
+class _Zstd(io.RawIOBase):
+    """Decompressed frames, one after another. The library's own reader takes a cut file for a whole one."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw, self._new = raw, zstandard.ZstdDecompressor().decompressobj
+        self._frame = self._new()
+        self._started = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._raw.read(2**17)
+            if not data:
+                if self._started:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self._ready = memoryview(b"".join(self._feed(data)))
+        n = min(len(buffer), len(self._ready))
+        buffer[:n] = self._ready[:n]
+        self._ready = self._ready[n:]
+        return n
+
+    def _feed(self, data: bytes) -> Iterator[bytes]:
+        while data:
+            self._started = True
+            yield self._frame.decompress(data)
+            data = self._frame.unused_data
+            if self._frame.eof:
+                self._frame, self._started = self._new(), False
+
+
 def _decompressed(name: str, raw: BinaryIO) -> BinaryIO:
     name = name.lower()
     if name.endswith((".gz", ".dz")):
@@ -59,9 +95,7 @@ def _decompressed(name: str, raw: BinaryIO) -> BinaryIO:
     if name.endswith(".bz2"):
         return bz2.BZ2File(raw)  # type: ignore[return-value]
     if name.endswith(".zst"):
-        import zstandard
-
-        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)  # type: ignore[return-value]
+        return io.BufferedReader(_Zstd(raw), PIECE)  # type: ignore[arg-type]
     return raw
 
 

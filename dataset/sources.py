@@ -78,7 +78,8 @@ def find(source: str, options: ReadOptions) -> tuple[list[Input], dict[str, Any]
         found = [i for i in found if _included(i.name, options)]
     else:
         raise DatasetError(
-            f"source {source!r}: no such file or folder. Allowed: 'pystdlib', a file, a folder"
+            f"source {source!r}: no such file or folder. Allowed: 'pystdlib', a file, a folder, a URL, "
+            "hf:ORG/NAME"
         )
     found.sort(key=lambda i: i.name.encode())
     if not found:

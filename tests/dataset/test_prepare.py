@@ -84,7 +84,8 @@ plan.MIN_TASK = 2048
 from dataset.plan import Request
 from dataset.prepare import prepare
 if __name__ == "__main__":
-    prepare(Request((sys.argv[1],), heldout=0.1, shard_bytes=8192), Path(sys.argv[2]), workers=int(sys.argv[3]))
+    request = Request((sys.argv[1],), heldout=0.1, shard_bytes=8192)
+    prepare(request, Path(sys.argv[2]), workers=int(sys.argv[3]))
 """
 
 
@@ -131,17 +132,9 @@ def test_killed_preparation_goes_on(corpus, tmp_path, many_tasks):
 @pytest.mark.skipif(os.name == "nt", reason="kills a process group")
 def test_dataset_killed_at_50_moments(corpus, tmp_path, many_tasks):
     hit = kill_and_restart(corpus, tmp_path, kills=25, workers=1, longest=0.25)
-    hit += (
-        kill_and_restart(corpus, (tmp_path / "w2"), 25, workers=2, longest=3.0)
-        if _mkdir(tmp_path / "w2")
-        else 0
-    )
+    (tmp_path / "two").mkdir()
+    hit += kill_and_restart(corpus, tmp_path / "two", kills=25, workers=2, longest=3.0)
     assert hit >= 50
-
-
-def _mkdir(path: Path) -> bool:
-    path.mkdir()
-    return True
 
 
 def test_same_request_again_is_a_no_op_and_another_is_refused(byte_data, corpus):

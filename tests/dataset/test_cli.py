@@ -1,0 +1,123 @@
+"""The command line: what it prints, and exit code 2 with one clear line for every user error."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dataset.__main__ import main
+
+
+def run(*argv, capsys):
+    code = main([str(a) for a in argv])
+    return code, *capsys.readouterr()
+
+
+def test_prepare_verify_info_decode(corpus, tmp_path, capsys, texts):
+    out = tmp_path / "d"
+    code, printed, _ = run(
+        "prepare", "--source", corpus, "--heldout", 0.1, "--out", out, "--workers", 1, capsys=capsys
+    )
+    assert code == 0 and "train" in printed and "tokens" in printed
+    code, printed, _ = run("verify", out, capsys=capsys)
+    assert code == 0 and "0 faults" in printed
+    code, printed, _ = run("info", out, "--json", capsys=capsys)
+    found = json.loads(printed)
+    assert found["vocab"] == 260 and found["splits"]["train"]["samples"]
+    assert sum(found["splits"]["train"]["lengths"].values()) == found["splits"]["train"]["documents"]
+    assert run("info", out, capsys=capsys)[0] == 0
+    code, printed, _ = run("decode", out, "--document", 2, capsys=capsys)
+    assert code == 0 and printed in texts
+    code, part, _ = run("decode", out, "--document", 2, "--tokens", "0:3", capsys=capsys)
+    assert printed.encode().startswith(part.encode()[:3])
+
+
+def test_verify_names_the_fault_and_exits_2(corpus, tmp_path, capsys):
+    out = tmp_path / "d"
+    run("prepare", "--source", corpus, "--out", out, "--workers", 1, capsys=capsys)
+    path = next((out / "shards").glob("train*.tok"))
+    data = bytearray(path.read_bytes())
+    data[10] ^= 1
+    path.write_bytes(bytes(data))
+    code, printed, error = run("verify", out, capsys=capsys)
+    assert code == 2 and "1 faults" in printed and "block 0" in error.replace("\n", " ")
+
+
+def test_dry_run_estimates_and_writes_nothing(corpus, tmp_path, capsys):
+    code, printed, _ = run("prepare", "--source", corpus, "--out", tmp_path / "d", "--dry-run", capsys=capsys)
+    assert code == 0 and "tokens" in printed and not (tmp_path / "d").exists()
+
+
+def test_dry_run_extrapolates_what_prepare_counts(corpus, tmp_path):
+    from dataset.estimate import estimate
+    from dataset.plan import Request
+    from dataset.prepare import prepare
+
+    request = Request((str(corpus),))
+    found, made = estimate(request), prepare(request, tmp_path / "d").dataset
+    tokens = sum(s.tokens for s in made.splits.values())
+    assert found["documents"] == made.manifest["counts"]["documents"] and found["tokens"] == tokens
+    stored = sum(p.stat().st_size for p in (tmp_path / "d" / "shards").iterdir())
+    assert found["disk_bytes"] == stored
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["prepare", "--source", "nowhere", "--out", "{tmp}/o"], "no such file or folder"),
+        (["prepare", "--source", "{corpus}", "--out", "{tmp}/o", "--heldout", "2"], "fraction"),
+        (
+            ["prepare", "--source", "{corpus}", "--out", "{tmp}/o", "--tokenizer", "x.json"],
+            "Allowed: 'bytes'",
+        ),
+        (["prepare", "--source", "{corpus}", "--out", "{corpus}"], "not empty"),
+        (["verify", "{tmp}/nothing"], "no dataset here"),
+        (["decode", "{data}", "--document", "999999"], "no document 999999"),
+        (["decode", "{data}", "--split", "test"], "no split"),
+        (["train-tokenizer", "--source", "{corpus}", "--vocab", "9", "--out", "{tmp}/t"], "allowed are"),
+        (["import", "megatron", "{tmp}/m", "--tokenizer", "bytes", "--out", "{tmp}/i"], "no such file"),
+        (["export", "megatron", "{data}", "--split", "x", "--out", "{tmp}/e"], "holds no documents"),
+    ],
+)
+def test_user_errors_exit_2_in_one_line(argv, message, corpus, byte_data, tmp_path, capsys):
+    filled = [a.format(tmp=tmp_path, corpus=corpus, data=byte_data.path) for a in argv]
+    code, _, error = run(*filled, capsys=capsys)
+    assert code == 2 and message in error and "Traceback" not in error
+    assert error.strip().splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--task", "3/3"], ["--task", "x"], ["--shard-bytes", "many"], ["--dtype", "u8"]]
+)
+def test_malformed_options_exit_2(argv, corpus, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["prepare", "--source", str(corpus), "--out", str(tmp_path / "o"), *argv])
+    assert stop.value.code == 2
+
+
+def test_help_of_every_command_has_its_options():
+    text = subprocess.run([sys.executable, "-m", "dataset", "--help"], capture_output=True, text=True).stdout
+    for command in (
+        "prepare",
+        "verify",
+        "info",
+        "decode",
+        "import",
+        "export",
+        "train-tokenizer",
+        "score",
+        "continue",
+    ):
+        assert command in text
+
+
+def test_u16_too_small_for_the_vocabulary(corpus, tmp_path, capsys):
+    vocab = {f"w{i}" if i else "<eos>": i for i in range(66_000)}
+    spec = {"model": {"type": "WordLevel", "vocab": vocab, "unk_token": "w1"}, "version": "1.0"}
+    added = {"id": 0, "content": "<eos>", "special": True, "normalized": False, "single_word": False}
+    spec["added_tokens"] = [added | {"lstrip": False, "rstrip": False}]
+    (tmp_path / "big.json").write_text(json.dumps(spec))
+    argv = ["prepare", "--source", corpus, "--out", tmp_path / "o", "--tokenizer", tmp_path / "big.json"]
+    code, _, error = run(*argv, "--dtype", "u16", capsys=capsys)
+    assert code == 2 and "65,536" in error and "--dtype u32" in error
