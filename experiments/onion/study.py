@@ -106,12 +106,9 @@ def train(phases: list[Phase], seed: int) -> Path:
 
 
 def final(run: Path) -> dict[str, Any]:
-    """The last evaluation of a run, and its speed."""
-    records = list(read(run))
-    last = [r for r in records if r["kind"] == "eval"][-1]
-    speeds = [r["tokens_per_s"] for r in records if r["kind"] == "train"]
-    tokens = last["tokens"] + last.get("origin", 0)
-    return {"bpb": last["bpb"]["next"], "tokens": tokens, "tokens_per_s": statistics.median(speeds)}
+    """The last evaluation of a run."""
+    last = [r for r in read(run) if r["kind"] == "eval"][-1]
+    return {"bpb": last["bpb"]["next"], "tokens": last["tokens"] + last.get("origin", 0)}
 
 
 def verdict(scores: dict[str, list[float]], base: str = "grown") -> list[dict[str, Any]]:
@@ -130,17 +127,15 @@ def verdict(scores: dict[str, list[float]], base: str = "grown") -> list[dict[st
 
 def table(rows: list[dict[str, Any]], results: dict[str, list[dict[str, Any]]], seeds: int) -> str:
     lines = [
-        f"| arm | held-out bits per byte ({seeds} seeds) | minus `grown` | spread | reads"
-        " | M tokens | tokens/s |",
-        "|---|---|---|---|---|---|---|",
+        f"| arm | held-out bits per byte ({seeds} seeds) | minus `grown` | spread | reads | M tokens |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         runs = results[row["arm"]]
         tokens = statistics.fmean(r["tokens"] for r in runs) / 1e6
-        speed = statistics.median(r["tokens_per_s"] for r in runs)
         lines.append(
             f"| {row['arm']} | {row['bpb']:.3f} | {row['gap']:+.3f} | {row['spread']:.3f} | {row['verdict']}"
-            f" | {tokens:.2f} | {speed:,.0f} |"
+            f" | {tokens:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -173,8 +168,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.onion.study", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--first", type=int, default=400, help="steps of stage 1 (default %(default)s)")
-    parser.add_argument("--second", type=int, default=400, help="steps of stage 2 (default %(default)s)")
+    parser.add_argument("--first", type=int, default=250, help="steps of stage 1 (default %(default)s)")
+    parser.add_argument("--second", type=int, default=250, help="steps of stage 2 (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds per arm (default %(default)s)")
     args = parser.parse_args()
     plan = arms(Budget(args.first, args.second), dataset.open(ensure_data()))
