@@ -93,18 +93,10 @@ class SegmentCompressor(ContextCompressor):
                 raise ValueError(f"{name}={getattr(config, name)!r}; there are {' and '.join(allowed)}")
         rank = config.lora_rank if config.tune == "lora" else 0
         self.lora = LoRA(decoder.lora_targets(config.lora_targets), rank, config.lora_alpha)
-        if config.tune == "full":
-            self.base = decoder.model.requires_grad_(True)
 
-    def _apply(self, fn, recurse: bool = True):
-        if self.config.tune == "full":  # the decoder is a submodule: once is enough
-            return nn.Module._apply(self, fn, recurse)
-        return super()._apply(fn, recurse)
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.decoder.model.eval()  # no dropout, so that recomputation and truncation are exact
-        return self
+    @property
+    def trains_base(self) -> bool:
+        return self.config.tune == "full"
 
     @contextmanager
     def reading(self) -> Iterator[None]:

@@ -8,24 +8,20 @@ the left first, so a method only ever sees rows that begin at column 0.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.compress.context import CompressedContext, LayerSlots
 from model.compress.decoder import Decoder
 from model.compress.rows import checked_mask, pack, text_positions, token_losses
+from model.compress.saving import Saved
 from model.registry import Registry, did_you_mean
 
-FORMAT = "latent-lab-compressor-1"
 OBJECTIVES = ("lm", "ae", "qa", "distill")
 METHODS = Registry("compression method", "model.compress")
 compressor = METHODS.register
@@ -58,7 +54,7 @@ class CompressorOutput:
     stats: dict[str, Tensor] = field(default_factory=dict)
 
 
-class ContextCompressor(nn.Module):
+class ContextCompressor(Saved):
     """A decoder together with a method that compresses contexts for it.
 
     The decoder is not a submodule: parameters, state dict and checkpoints hold the method's own tensors.
@@ -66,19 +62,16 @@ class ContextCompressor(nn.Module):
     """
 
     Config: ClassVar[type[CompressorConfig]] = CompressorConfig
-    registered_name: ClassVar[str] = ""
     gives: ClassVar[str] = "embeds"
     accepts: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
     def __init__(self, decoder: Decoder, config: CompressorConfig) -> None:
         super().__init__()
         self.__dict__["decoder"] = decoder
-        self.config: Any = config
-        for parameter in decoder.model.parameters():
-            parameter.requires_grad_(False)
-        decoder.model.eval()
-
-    decoder: Decoder
+        self.config = config
+        decoder.model.requires_grad_(self.trains_base).eval()
+        if self.trains_base:
+            self.base = decoder.model
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -95,9 +88,20 @@ class ContextCompressor(nn.Module):
         with self.reading():
             return self.decoder.lower(context)
 
+    @property
+    def trains_base(self) -> bool:
+        """Whether the decoder's own weights learn; it is then a submodule, and saved with the rest."""
+        return False
+
     def _apply(self, fn, recurse: bool = True):
-        self.decoder.model._apply(fn)
+        if not self.trains_base:
+            self.decoder.model._apply(fn)
         return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.decoder.model.eval()  # no dropout: recomputation and truncated gradients stay exact
+        return self
 
     # ------------------------------------------------------------------ compressing
 
@@ -359,7 +363,7 @@ class ContextCompressor(nn.Module):
         """Layer index -> a function of the residual stream [B, T, D] that leaves the layer."""
         return {}
 
-    # ------------------------------------------------------------------ reporting, saving
+    # ------------------------------------------------------------------ reporting
 
     def memory_report(self, context: CompressedContext) -> dict[str, float]:
         """Measured bytes: kept (the artefact as carried), kv (keys and values that decoding holds), full_kv
@@ -381,36 +385,3 @@ class ContextCompressor(nn.Module):
             "slots": float(slots),
             "trained_parameters": sum(p.numel() for p in self.parameters() if p.requires_grad),
         }
-
-    def description(self) -> dict[str, Any]:
-        """What `compressor_config.json` holds."""
-        name = getattr(self.decoder.config, "_name_or_path", "") or None
-        return {
-            "format": FORMAT,
-            "method": self.registered_name,
-            "config": asdict(self.config),
-            "base": None if name and os.path.isabs(name) else name,
-            "fingerprint": self.decoder.fingerprint,
-        }
-
-    def save(self, folder: str | Path) -> None:
-        """Write compressor_config.json and adapter_model.safetensors: the method's own tensors and nothing
-        else."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.detach().contiguous().clone() for k, v in self.state_dict().items()}
-        partial = folder / "adapter_model.safetensors.partial"
-        save_file(tensors, str(partial), metadata={"format": "pt"})
-        os.replace(partial, folder / "adapter_model.safetensors")
-        partial = folder / "compressor_config.json.partial"
-        partial.write_text(json.dumps(self.description(), indent=2, sort_keys=True) + "\n")
-        os.replace(partial, folder / "compressor_config.json")
-
-    def push_to_hub(self, repo_id: str, folder: str | Path) -> None:
-        """Save to `folder` and upload it; needs a network and a login of huggingface_hub."""
-        from huggingface_hub import HfApi
-
-        self.save(folder)
-        api = HfApi()
-        api.create_repo(repo_id, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=str(folder))

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.compress.base import FORMAT, ContextCompressor
+from model.compress.base import ContextCompressor
 from model.compress.context import CompressedContext
+from model.compress.saving import FORMAT
 from model.compress.wrap import load_compressor
 
 

@@ -295,11 +295,14 @@ class Decoder:
         return getattr(self.model, "_context_attached", False)
 
     @contextmanager
-    def attach(self, layer_hooks: Mapping[int, Callable[[Tensor], Tensor]] | None = None) -> Iterator[None]:
+    def attach(
+        self, layer_hooks: Mapping[int, Callable[[Tensor, Tensor], Tensor]] | None = None
+    ) -> Iterator[None]:
         """Inside, the model's own forward masks every layer for that layer's own slots (`cache.slot_masks`),
         and
-        each layer named in `layer_hooks` has its outgoing residual stream [B, T, D] passed through a
-        function.
+        the residual stream [B, T, D] that leaves a layer named in `layer_hooks` goes through its function,
+        which
+        also gets the mask of tokens [B, T].
 
         Everything is removed on the way out, after an exception too. Raises RuntimeError when nested.
         """
@@ -320,15 +323,22 @@ class Decoder:
             del self.model._context_attached
 
 
-def _changed(i: int, change: Callable[[Tensor], Tensor]):
+def _changed(i: int, change: Callable[[Tensor, Tensor], Tensor]):
     """A hook for a layer's output; steps that go on from a cache are left alone."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         h = out[0] if isinstance(out, tuple) else out
-        cache = kwargs.get("past_key_values") or next((a for a in args if isinstance(a, Cache)), None)
+        given = [*args, *kwargs.values()]
+        cache = next((a for a in given if isinstance(a, Cache)), None)
         if cache is not None and int(cache.get_seq_length(i)) > h.shape[1]:
             return None
-        return (change(h), *out[1:]) if isinstance(out, tuple) else change(h)
+        scores = next((a for a in given if isinstance(a, Tensor) and a.dim() == 4), None)
+        mask = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+        if scores is not None:  # a token sees itself, padding does not
+            own = scores[:, 0].diagonal(dim1=-2, dim2=-1)
+            mask = mask & (own if own.dtype == torch.bool else own == 0)
+        h = change(h, mask)
+        return (h, *out[1:]) if isinstance(out, tuple) else h
 
     return hook
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from model.compress.base import FORMAT, METHODS, CompressorConfig, ContextCompressor, method_names
+from model.compress.base import METHODS, CompressorConfig, ContextCompressor, method_names
 from model.compress.decoder import Decoder, load_decoder
+from model.compress.saving import FORMAT
 from model.registry import did_you_mean
 
 

@@ -17,7 +17,12 @@ SETTINGS: dict[str, dict] = {
     "autocompressor": {"summary_length": 3, "lora_rank": 2, "segment_length": 8},
     "variable_autocompressor": {"compression_max_len": 3, "lora_rank": 2, "segment_length": 8},
     "pairs": {"T_w": 3, "r": 0.25, "hidden_dim": 16},
-    "clusters": {"similarity_threshold": 0.3, "mode": "length", "use_residuals": True},
+    "clusters": {
+        "similarity_threshold": -1.0,
+        "use_residuals": True,
+        "adaptive_threshold": True,
+        "contrastive_margin": 1.9,
+    },
     "oracle": {"steps": 3},
     "snapkv": {"window": 4, "kernel": 3},
     "sink_window": {"sinks": 2},

@@ -31,7 +31,7 @@ def tiny_decoder(family: str, seed: int = 0, **options):
         "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 96, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": PAD,
     }  # fmt: skip
-    model = AutoModelForCausalLM.from_config(cls(**base, **extra, **options)).eval()
+    model = AutoModelForCausalLM.from_config(cls(**(base | extra | options))).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
