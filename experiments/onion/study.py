@@ -168,8 +168,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.onion.study", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--first", type=int, default=250, help="steps of stage 1 (default %(default)s)")
-    parser.add_argument("--second", type=int, default=250, help="steps of stage 2 (default %(default)s)")
+    parser.add_argument("--first", type=int, default=150, help="steps of stage 1 (default %(default)s)")
+    parser.add_argument("--second", type=int, default=150, help="steps of stage 2 (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds per arm (default %(default)s)")
     args = parser.parse_args()
     plan = arms(Budget(args.first, args.second), dataset.open(ensure_data()))
