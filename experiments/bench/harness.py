@@ -81,16 +81,16 @@ def measure(case: Case, rounds: int = 9, show: bool = True) -> Result:
         for turn in range(-2, rounds):  # two rounds of warm-up: compile, then settle
             shift = turn % len(order)
             for candidate in order[shift:] + order[:shift]:
-                seconds, cpu_seconds = _time(candidate.run)
+                seconds, cpu_seconds = timed(candidate.run)
                 if turn >= 0:
                     clock[candidate.name].append(seconds)
                     cpu[candidate.name].append(cpu_seconds)
                 progress.advance(task)
-    rows = tuple(_row(name, clock, cpu, case) for name in clock)
-    return Result(case.title, case.base, rounds, rows)
+    return summarize(case.title, case.base, clock, cpu, case.bars)
 
 
-def _time(run: Callable[[], object]) -> tuple[float, float]:
+def timed(run: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds (of all threads) of one call."""
     start, cpu_start = time.perf_counter(), time.process_time()
     kept = run()  # a result must outlive the clock, or freeing it would be timed for some and not for others
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -98,21 +98,32 @@ def _time(run: Callable[[], object]) -> tuple[float, float]:
     return seconds, cpu_seconds
 
 
-def _row(name: str, clock: dict[str, list[float]], cpu: dict[str, list[float]], case: Case) -> Row:
-    seconds = clock[name]
-    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    cpu_middle = statistics.median(cpu[name])
-    return Row(
-        name,
-        median=middle,
-        low=low,
-        high=high,
-        least=min(seconds),
-        ratio=statistics.median(clock[case.base]) / middle,
-        cpu=cpu_middle,
-        cpu_ratio=statistics.median(cpu[case.base]) / cpu_middle,
-        bar=case.bars.get(name),
-    )
+def summarize(
+    title: str,
+    base: str,
+    clock: dict[str, list[float]],
+    cpu: dict[str, list[float]],
+    bars: dict[str, float],
+) -> Result:
+    """The table of a case from the seconds of every candidate, round by round."""
+    rows = []
+    for name, seconds in clock.items():
+        low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        cpu_middle = statistics.median(cpu[name])
+        rows.append(
+            Row(
+                name,
+                median=middle,
+                low=low,
+                high=high,
+                least=min(seconds),
+                ratio=statistics.median(clock[base]) / middle,
+                cpu=cpu_middle,
+                cpu_ratio=statistics.median(cpu[base]) / cpu_middle,
+                bar=bars.get(name),
+            )
+        )
+    return Result(title, base, len(clock[base]), tuple(rows))
 
 
 def markdown(results: Sequence[Result]) -> str:

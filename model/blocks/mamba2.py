@@ -134,9 +134,9 @@ class Mamba2(Block):
         return Step(y, Mamba2State(conv_after.to(state.conv.dtype), ssm_after))
 
     def cost(self, T: int) -> Cost:
-        """FLOPs of the chunked scan's matmuls; the convolution is elementwise and not counted."""
-        flops = ssd_flops(T, self.heads, self.head_dim, self.groups, self.state_width, self.chunk)
+        """FLOPs of the chunked scan's matmuls; the convolution is elementwise, which is not counted."""
         C, _, W = self.conv1d.weight.shape
+        flops = ssd_flops(T, self.heads, self.head_dim, self.groups, self.state_width, self.chunk)
         held = C * (W - 1) * self.conv1d.weight.element_size()
         wide = at_least_fp32(self.conv1d.weight.dtype).itemsize
         return Cost(float(flops), state_fixed=float(held + self.inner * self.state_width * wide))
