@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.blocks.attention import alibi_slopes
@@ -232,3 +233,38 @@ def test_rope_tables_are_exact_far_out():
     for a, b in zip(low, exact):
         torch.testing.assert_close(a.double(), b, atol=1e-2, rtol=0)
         torch.testing.assert_close(a.double()[:, :3], b[:, :3], atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, params",
+    [("attention", {"head_dim": 8}), ("swa", {"head_dim": 8, "window": 64}), ("mlp", {"act": "rwkv"})],
+)
+def test_attention_area_compiles_without_a_break(name, params):
+    """No graph break, and nothing compiles again for another T, other documents or the next token."""
+    block = make_block(name, 32, **params)
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, dynamic=True, fullgraph=True, backend=graphs)
+    for pair in ((None, None), ([0, 50, 300, 400], [0, 10, 20, 30, 200, 320])):
+        counts = []
+        for T, cuts in zip((200, 160), pair):
+            x = torch.randn(2, T, 32)
+            ctx = None if cuts is None else Ctx.packed(cuts, rows=2)
+            assert relative(compiled(x, None, ctx).y, block(x, None, ctx).y) < 1e-5
+            counts.append(graphs.frame_count)
+        assert counts[0] == counts[1]
+    step = torch.compile(block, fullgraph=True, backend=graphs)
+    x = torch.randn(2, 21, 32)
+    with torch.no_grad():
+        first = block(x[:, :10], block.init_state(2, x, capacity=20))
+        state, ys, counts = first.state, [first.y], []
+        for t in range(10, 20):
+            y, state, _ = step(x[:, t : t + 1].clone(memory_format=torch.contiguous_format), state)
+            ys.append(y)
+            counts.append(graphs.frame_count)
+        assert relative(torch.cat(ys, dim=1), block(x[:, :20]).y) < 1e-5
+        assert counts[0] == counts[-1]
+        if name == "attention":
+            with pytest.raises(RuntimeError, match="capacity 20 is full"):
+                step(x[:, 20:].clone(memory_format=torch.contiguous_format), state)
