@@ -30,6 +30,7 @@ from train.metrics import read
 SUMMARY = "Does growing an onion pay? The recipe beside its controls, at equal FLOPs; resumable."
 HERE = Path(__file__).resolve().parent
 RUNS = Path("runs/study-onion")
+EVALS = ("run.eval_every=30", "run.eval_tokens=32768")
 PLAIN_SMALL, PLAIN = HERE / "plain_small.yaml", HERE / "plain.yaml"
 
 
@@ -97,7 +98,7 @@ def train(phases: list[Phase], seed: int) -> Path:
     """Run what is not complete; returns the last phase's folder."""
     folder = RUNS / f"seed{seed}"
     for phase in phases:
-        sets = [f"run.steps={phase.steps}", f"run.seed={seed}", "grow.when=step", "grow.from=null"]
+        sets = [f"run.steps={phase.steps}", f"run.seed={seed}", "grow.when=step", "grow.from=null", *EVALS]
         rest: list[str | Path] = ["--run", folder / phase.name]
         if phase.start:
             rest += ["--init-from", folder / phase.start]
@@ -168,8 +169,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.onion.study", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--first", type=int, default=150, help="steps of stage 1 (default %(default)s)")
-    parser.add_argument("--second", type=int, default=150, help="steps of stage 2 (default %(default)s)")
+    parser.add_argument("--first", type=int, default=120, help="steps of stage 1 (default %(default)s)")
+    parser.add_argument("--second", type=int, default=120, help="steps of stage 2 (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="seeds per arm (default %(default)s)")
     args = parser.parse_args()
     plan = arms(Budget(args.first, args.second), dataset.open(ensure_data()))
