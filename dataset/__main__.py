@@ -9,19 +9,8 @@ import time
 from pathlib import Path
 
 from dataset import commands as others
-from dataset.console import HELP, bar, console, print_table
+from dataset.console import HELP, bar, console, print_table, task_number
 from dataset.files import DatasetError
-
-
-def task_number(text: str) -> tuple[int, int]:
-    """I/N with 0 <= I < N."""
-    try:
-        i, n = (int(part) for part in text.split("/"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 0/8") from None
-    if not 0 <= i < n:
-        raise argparse.ArgumentTypeError(f"{text!r}: the first number must lie in 0..{n - 1}")
-    return i, n
 
 
 def size(text: str) -> int:

@@ -8,7 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from dataset.console import HELP, bar, console, print_table
+from dataset.console import HELP, bar, console, print_table, task_number
+from dataset.files import DatasetError
 
 
 def add(commands) -> None:
@@ -16,6 +17,7 @@ def add(commands) -> None:
     add_looking(commands)
     add_tokenizer(commands)
     add_exchange(commands)
+    add_models(commands)
 
 
 def add_looking(commands) -> None:
@@ -170,4 +172,93 @@ def run_export(args: argparse.Namespace) -> int:
 
     export_corpus(args.format, open_dataset(args.path), args.split, args.out)
     print(f"{args.out}: {args.split} of {args.path} as {args.format}")
+    return 0
+
+
+def add_models(commands) -> None:
+    p = commands.add_parser(
+        "score",
+        help="reference losses of a model for every token",
+        formatter_class=HELP,
+        epilog="examples:\n"
+        "  python -m dataset score data/pystdlib --model runs/onion_stage1\n"
+        "  python -m dataset score data/pystdlib --model smollm2-135m-instruct --split heldout",
+    )
+    add_model_options(p)
+    p.add_argument("--split", default="train")
+    p.add_argument("--context", type=int, default=1024, metavar="N", help="window of the model (1024)")
+    p.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="ids a forward pass (8192)")
+    p.add_argument("--task", type=task_number, default=(0, 1), metavar="I/N", help="only shards I, I+N, ...")
+    p.set_defaults(run=run_score)
+    p = commands.add_parser(
+        "continue",
+        help="a dataset of teacher continuations, loss on the answers",
+        formatter_class=HELP,
+        epilog="example:\n  python -m dataset continue data/books --model smollm2-135m-instruct "
+        "--documents 500 --out data/answers",
+    )
+    add_model_options(p)
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--prefix", type=int, default=256, metavar="N", help="ids of a document's start (256)")
+    p.add_argument("--new", type=int, default=128, metavar="N", help="ids the teacher writes at most (128)")
+    p.add_argument("--documents", type=int, default=1000, metavar="N", help="prefixes taken (1000)")
+    p.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(run=run_continue)
+
+
+def add_model_options(p) -> None:
+    p.add_argument("path", type=Path, help="the dataset")
+    p.add_argument("--model", required=True, help="a run, a transformers folder, smollm2-135m-instruct")
+    p.add_argument("--device", default="cpu")
+
+
+def run_score(args: argparse.Namespace) -> int:
+    from dataset.format import open_dataset
+    from dataset.score import describe, load_reference, score
+
+    data = open_dataset(args.path)
+    if args.context < 2 or args.batch_tokens < 1:
+        raise DatasetError("--context must be at least 2, --batch-tokens at least 1")
+    reference = load_reference(args.model, args.context, args.device)
+    with bar("scoring") as progress:
+        job = progress.add_task("", total=None)
+        name, left = score(
+            data,
+            reference,
+            args.split,
+            args.batch_tokens,
+            args.device,
+            args.task,
+            lambda done, total: progress.update(job, completed=done, total=total),
+        )
+    if left:
+        print(f"sidecar {name}: {left} shards are left to other tasks")
+        return 0
+    print_table(f"sidecar {name}", list(describe(data, name).items()))
+    print(f"use it with: sidecar: {name}")
+    return 0
+
+
+def run_continue(args: argparse.Namespace) -> int:
+    from dataset.continuation import Recipe, continue_documents
+    from dataset.format import open_dataset
+    from dataset.score import load_reference
+
+    recipe = Recipe(args.prefix, args.new, args.documents, args.temperature, args.seed)
+    recipe.check()
+    data = open_dataset(args.path)
+    teacher = load_reference(args.model, args.prefix * 8 + args.new, args.device)
+    with bar("documents") as progress:
+        job = progress.add_task("", total=None)
+        made = continue_documents(
+            data,
+            teacher,
+            args.out,
+            recipe,
+            args.device,
+            lambda done, total: progress.update(job, completed=done, total=total),
+        )
+    counts = {k: v for k, v in made.manifest["counts"].items() if v}
+    print(f"{args.out}: {', '.join(f'{v:,} {k}' for k, v in counts.items())}")
     return 0

@@ -59,6 +59,9 @@ class Sidecar:
             )
         self._maps[shard.name] = values
 
+    def covers(self, shard: Shard) -> bool:
+        return shard.name in self._maps
+
     def values(self, shard: Shard) -> np.ndarray:
         """f16 [ids of the shard]. Raises DatasetError for a shard that was not scored."""
         if shard.name not in self._maps:

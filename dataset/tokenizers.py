@@ -241,6 +241,8 @@ def make(name: str, merges: int | None = None, eos: str | None = None) -> Tokeni
         if merges is None and eos is None and (path / "meta.json").is_file():
             return Tokenizer.load(path)
         spec = _read_spec(path)
+        if spec.get("type") == "bytes":
+            return make("bytes", merges)
     rows = None
     if merges is not None:
         spec, rows = cut(spec, merges, name)
@@ -256,7 +258,7 @@ def _read_spec(path: Path) -> dict:
             f"'{SMOLLM2}', a tokenizer.json, a transformers folder"
         )
     spec = read_json(file)
-    if not isinstance(spec, dict) or "model" not in spec:
+    if not isinstance(spec, dict) or not ("model" in spec or spec.get("type") == "bytes"):
         raise DatasetError(f"{file}: not a tokenizer.json (no 'model')")
     return spec
 

@@ -112,9 +112,16 @@ def test_help_of_every_command_has_its_options():
         assert command in text
 
 
+SPACES = {"type": "Punctuation", "behavior": "Isolated"}
+
+
 def test_u16_too_small_for_the_vocabulary(corpus, tmp_path, capsys):
     vocab = {f"w{i}" if i else "<eos>": i for i in range(66_000)}
-    spec = {"model": {"type": "WordLevel", "vocab": vocab, "unk_token": "w1"}, "version": "1.0"}
+    spec = {
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "w1"},
+        "pre_tokenizer": SPACES,
+        "version": "1.0",
+    }
     added = {"id": 0, "content": "<eos>", "special": True, "normalized": False, "single_word": False}
     spec["added_tokens"] = [added | {"lstrip": False, "rstrip": False}]
     (tmp_path / "big.json").write_text(json.dumps(spec))

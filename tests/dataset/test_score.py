@@ -1,0 +1,229 @@
+"""Reference losses: every token once, exact sums across tokenizers, restartable; continuations and their masks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dataset
+from dataset import score as scoring
+from dataset.continuation import Recipe, continue_documents, unwanted
+from dataset.files import DatasetError
+from dataset.score import Reference, align, load_reference, score, score_ids, windows
+from dataset.tokenizers import make
+from dataset.train_tokenizer import train
+
+
+@given(st.integers(1, 500), st.integers(2, 64))
+def test_windows_score_every_id_but_the_first_once_with_half_a_window_before(n, context):
+    seen = []
+    for start, stop, first in windows(n, context):
+        assert 0 <= start < first <= stop <= n and stop - start <= context
+        assert start == 0 or first - start >= context // 2
+        seen += range(first, stop)
+    assert seen == list(range(1, n))
+
+
+def bigram(vocab: int, tokenizer, context: int = 32, seed: int = 0) -> Reference:
+    """A model whose nats depend on the id before: any window gives the same values."""
+    table = torch.log_softmax(torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(seed)), -1)
+
+    def nats(tokens):
+        return -table[tokens[:, :-1], tokens[:, 1:]]
+
+    def generate(tokens, max_new_tokens, temperature=0.0):
+        made = [tokens]
+        for k in range(max_new_tokens):
+            made.append(torch.full((tokens.shape[0], 1), 97 + (k * 7) % 26))
+        return torch.cat(made, 1)
+
+    reference = Reference(nats, generate, tokenizer, {"name": f"bigram{seed}", "weights": str(seed)}, context)
+    reference.table = table
+    return reference
+
+
+def test_scores_do_not_depend_on_windows_or_batches():
+    reference = bigram(50, make("bytes"))
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 50, n) for n in (1, 2, 31, 32, 33, 200)]
+    for batch_tokens in (1, 64, 10_000):
+        for ids, got in zip(documents, score_ids(reference, documents, batch_tokens, "cpu")):
+            wanted = -reference.table[ids[:-1], ids[1:]].numpy()
+            assert got[0] == 0 and np.allclose(got[1:], wanted)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_alignment_keeps_sums_between_shared_boundaries(data):
+    total = data.draw(st.integers(1, 40))
+
+    def sizes():
+        cuts = sorted(data.draw(st.sets(st.integers(1, total - 1), max_size=10))) if total > 1 else []
+        return np.diff([0, *cuts, total])
+
+    own, theirs = np.append(sizes(), 0), np.append(sizes(), 0)
+    nats = np.array(data.draw(st.lists(st.floats(0, 20), min_size=len(theirs), max_size=len(theirs))))
+    got = align(own, theirs, nats)
+    assert len(got) == len(own) and got[-1] == np.float32(nats[-1])
+    mine, other = np.cumsum(own[:-1]), np.cumsum(theirs[:-1])
+    for edge in np.intersect1d(mine, other):
+        assert got[:-1][mine <= edge].sum() == pytest.approx(
+            nats[:-1][other <= edge].sum(), rel=1e-5, abs=1e-4
+        )
+    if np.array_equal(own, theirs):
+        assert np.allclose(got, nats)
+
+
+def test_alignment_of_other_text_is_refused():
+    with pytest.raises(ValueError, match="same text"):
+        align(np.array([3, 0]), np.array([4, 0]), np.array([1.0, 1.0]))
+
+
+def test_score_writes_the_sidecar_and_batches_carry_it(byte_data):
+    reference = bigram(260, make("bytes"))
+    name, left = score(byte_data, reference, batch_tokens=500)
+    assert left == 0
+    view = byte_data.view(context=64, sidecar=name)
+    batch = view.batch(0, 8)
+    cu = batch.cu_seqlens.tolist()
+    tokens, side = batch.tokens.flatten().numpy(), batch.sidecar.flatten().numpy()
+    wanted = -reference.table[tokens[:-1], tokens[1:]].numpy()
+    inner = np.setdiff1d(np.arange(1, len(tokens)), cu)
+    assert np.allclose(side[inner], wanted[inner - 1], atol=0.01)
+    assert batch.weights is None and view.id != byte_data.view(context=64).id
+
+
+def test_scoring_goes_on_where_it_stopped_and_splits_into_tasks(byte_data):
+    reference = bigram(260, make("bytes"), seed=1)
+    calls = []
+    real = reference.nats
+    reference.nats = lambda tokens: (calls.append(1), real(tokens))[1]
+    name, left = score(byte_data, reference, task=(0, 2))
+    assert left == len(byte_data.splits["train"].shards) // 2
+    with pytest.raises(DatasetError, match="no finished sidecar"):
+        byte_data.view(context=64, sidecar=name)
+    assert score(byte_data, reference, task=(1, 2)) == (name, 0)
+    calls.clear()
+    assert score(byte_data, reference) == (name, 0) and not calls
+    assert name != score(byte_data, bigram(260, make("bytes"), seed=2))[0]
+
+
+def test_a_reference_with_another_tokenizer_gives_the_same_sums(byte_data, corpus, tmp_path):
+    bpe = train((str(corpus),), 500, tmp_path / "bpe")
+    reference = bigram(bpe.vocab, bpe, context=10_000)
+    name, _ = score(byte_data, reference)
+    side = dataset.open(byte_data.path).view(context=64, sidecar=name).source.sidecar
+    shard = byte_data.splits["train"].shards[0]
+    values = side.values(shard).astype(np.float64)
+    for i in range(5):
+        stop = int(shard.end[i])
+        text = byte_data.tokenizer.decode(shard.document(i))
+        ids = np.append(bpe.encode(text), bpe.eos_id)
+        total = float(-reference.table[ids[:-1], ids[1:]].sum())
+        assert values[stop - int(shard.len[i]) : stop].sum() == pytest.approx(total, rel=2e-3)
+
+
+def test_transformers_folder_as_reference(byte_data, corpus, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    bpe = train((str(corpus),), 400, tmp_path / "bpe")
+    config = transformers.LlamaConfig(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    lm = transformers.LlamaForCausalLM(config).eval()
+    lm.save_pretrained(tmp_path / "lm")
+    (tmp_path / "lm" / "tokenizer.json").write_bytes(bpe.source)
+    reference = load_reference(str(tmp_path / "lm"))
+    assert reference.context == 64
+    ids = bpe.encode("def return class über " * 10)
+    (got,) = score_ids(reference, [ids], 1000, "cpu")
+    logits = lm(torch.from_numpy(ids)[None, :64]).logits[0]
+    wanted = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(ids[1:64]), reduction="none")
+    assert np.allclose(got[1:64], wanted.detach().numpy(), atol=1e-4)
+    assert (got[1:] > 0).all()
+    with pytest.raises(DatasetError, match="no such folder"):
+        load_reference(str(tmp_path / "nothing"))
+
+
+def test_our_own_run_as_reference(byte_data, tmp_path):
+    import model
+    from model import hub
+
+    lm = model.build("llama.yaml", overrides={"dim": 32, "vocab": 260})
+    hub.export(lm, tmp_path / "run")
+    (tmp_path / "run" / "tokenizer.json").write_bytes(make("bytes").source)
+    reference = load_reference(str(tmp_path / "run"), context=48)
+    assert reference.tokenizer.identity == byte_data.tokenizer_identity
+    ids = byte_data.splits["train"].document(0)[:40].astype(np.int64)
+    (got,) = score_ids(reference, [ids], 1000, "cpu")
+    logits = lm.eval()(torch.from_numpy(ids)[None]).logits[0]
+    wanted = torch.nn.functional.cross_entropy(logits[:-1], torch.from_numpy(ids[1:]), reduction="none")
+    assert np.allclose(got[1:], wanted.detach().numpy(), atol=1e-3)
+
+
+# ----------------------------------------------------------------------------- continuations
+
+
+def test_continuations_mask_the_prefix_and_use_training_text_only(byte_data, tmp_path):
+    teacher = bigram(260, make("bytes"), context=512)
+    recipe = Recipe(prefix=50, new=20, documents=70)
+    made = continue_documents(byte_data, teacher, tmp_path / "out", recipe)
+    split = made.splits["train"]
+    assert split.documents == 70 and made.view(context=64).rows
+    starts = [byte_data.tokenizer.decode_bytes(d[:50]) for d in byte_data.splits["train"] if len(d) > 50]
+    for shard in split.shards:
+        for i in range(shard.documents):
+            stop = int(shard.end[i])
+            ids, mask = shard.document(i), shard.msk[stop - int(shard.len[i]) : stop]
+            assert mask.sum() == 21 and (np.diff(mask.astype(int)) >= 0).all() and ids[-1] == made.eos_id
+            prefix = bytes(ids[mask == 0].astype(np.uint8))
+            assert any(s.startswith(prefix) for s in starts)
+    batch = made.view(context=64).batch(0, 4)
+    assert 0 < batch.weights.mean() < 1
+
+
+def test_continuations_go_on_and_refuse_other_settings(byte_data, tmp_path, monkeypatch):
+    teacher = bigram(260, make("bytes"), context=512)
+    recipe = Recipe(prefix=30, new=10, documents=130)
+    wanted = continue_documents(byte_data, teacher, tmp_path / "a", recipe).id
+    seen = []
+
+    def stop(done, total):
+        seen.append(done)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        continue_documents(byte_data, teacher, tmp_path / "b", recipe, progress=stop)
+    with pytest.raises(DatasetError):
+        dataset.open(tmp_path / "b")
+    with pytest.raises(DatasetError, match="other settings"):
+        continue_documents(byte_data, teacher, tmp_path / "b", Recipe(prefix=31, new=10, documents=130))
+    assert continue_documents(byte_data, teacher, tmp_path / "b", recipe).id == wanted
+    with pytest.raises(DatasetError, match="longer than --prefix"):
+        continue_documents(byte_data, teacher, tmp_path / "c", Recipe(prefix=10**6))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        ("I'm sorry, but I can't help with that.", "refusals"),
+        ("As an AI language model", "refusals"),
+        ("x\n" * 10, "repetitions"),
+        ("def f(x):\n    return x\n\n\ndef g():\n    pass\n", None),
+    ],
+)
+def test_unwanted_answers(answer, reason):
+    assert unwanted(answer) == reason
+
+
+def test_identity_names_weights_not_places(tmp_path):
+    (tmp_path / "a").write_bytes(b"weights")
+    assert scoring._hash_files([tmp_path / "a"]) == scoring._hash_files([tmp_path / "a"])
+    assert "/" not in json.dumps(bigram(4, make("bytes")).identity)
