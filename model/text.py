@@ -38,7 +38,8 @@ class Printer:
     """Decodes a growing list of ids and gives only what is new and final: a character may take several."""
 
     def __init__(self, text: Text) -> None:
-        self.text, self.ids, self.shown = text, [], 0
+        self.text, self.shown = text, 0
+        self.ids: list[int] = []
 
     def add(self, token: int) -> str:
         self.ids.append(token)

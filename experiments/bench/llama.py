@@ -16,7 +16,7 @@ import torch
 
 import model
 from experiments.bench.harness import Candidate, Case, Result, measure
-from model.schema import BlockNode, Config, RepeatNode
+from model.schema import BlockNode, Config, Node, RepeatNode
 from train import optim
 
 B, T, D, L, F, V = 8, 512, 512, 6, 1408, 8192
@@ -26,7 +26,7 @@ PEER = "transformers, eager"
 def ours(compiled: bool) -> Callable[[], object]:
     """Our stack with the lab's own optimizer groups."""
     torch.manual_seed(0)
-    layer = [BlockNode("attention", {"head_dim": 64}), BlockNode("mlp", {"mult": F / D})]
+    layer: list[Node] = [BlockNode("attention", {"head_dim": 64}), BlockNode("mlp", {"mult": F / D})]
     config = Config(dim=D, stack=[RepeatNode(L, layer)], name="llama-25m")
     lm = model.build(config, vocab=V).train()
     if compiled:

@@ -22,8 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import dataset
 import model
+import model.config
+import model.hub
 from experiments.commands import ROOT, ensure_data, pretrain
 from train.metrics import read
 
@@ -57,10 +61,10 @@ def flops(arch: str | Path, data: Any) -> float:
     config = model.config.load(arch)
     table = None
     if config.embed.from_ is not None:
-        import torch
-
-        table = torch.zeros(data.vocab, model.hub.table_shape(config.embed.from_)[1])
-        table[0, 0] = 1.0  # an all-zero table has no scale
+        shape = model.hub.table_shape(config.embed.from_)
+        if shape is None:
+            raise SystemExit(f"{arch}: embed.from: {config.embed.from_!r} is not on this machine")
+        table = torch.ones(data.vocab, shape[1])  # only its shape counts here
     return model.build(config, vocab=data.vocab, table=table).flops_per_token(config.run.context)
 
 
