@@ -34,7 +34,7 @@ from train.metrics import read
 SUMMARY = "Does growing an onion pay? The recipe beside its controls, at equal FLOPs; resumable."
 HERE = Path(__file__).resolve().parent
 RUNS = Path("runs/study-onion")
-EVALS = ("run.eval_every=30", "run.eval_tokens=32768")
+SETS = ("run.batch=8", "run.eval_every=30", "run.eval_tokens=32768")
 PLAIN_SMALL, PLAIN = HERE / "plain_small.yaml", HERE / "plain.yaml"
 
 
@@ -102,7 +102,7 @@ def train(phases: list[Phase], seed: int) -> Path:
     """Run what is not complete; returns the last phase's folder."""
     folder = RUNS / f"seed{seed}"
     for phase in phases:
-        sets = [f"run.steps={phase.steps}", f"run.seed={seed}", "grow.when=step", "grow.from=null", *EVALS]
+        sets = [f"run.steps={phase.steps}", f"run.seed={seed}", "grow.when=step", "grow.from=null", *SETS]
         rest: list[str | Path] = ["--run", folder / phase.name]
         if phase.start:
             rest += ["--init-from", folder / phase.start]
