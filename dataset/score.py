@@ -98,10 +98,10 @@ def _transformers(name: str, context: int, device: torch.device) -> Reference:
     else:
         tokenizer = make(name)
     try:
-        lm = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, **options)
+        lm: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise DatasetError(f"model {name!r}: transformers cannot load it: {error}") from error
-    lm = lm.to(device).eval()
+    lm.to(str(device)).eval()
 
     @torch.no_grad()
     def nats(tokens: torch.Tensor) -> torch.Tensor:
