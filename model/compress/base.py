@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from model.compress.context import CompressedContext, LayerSlots
+from model.compress.context import CompressedContext, LayerSlots, tight
 from model.compress.decoder import Decoder
 from model.compress.rows import checked_mask, pack, text_positions, token_losses
 from model.compress.saving import Saved
@@ -167,8 +167,9 @@ class ContextCompressor(Saved):
     def _cached(
         self, layers: Sequence[LayerSlots], source: Tensor, following: Tensor, **rest: Any
     ) -> CompressedContext:
+        layers = tuple(LayerSlots(tight(x.keys), tight(x.values), x.mask, x.bias) for x in layers)
         return CompressedContext(
-            self.registered_name, self.decoder.fingerprint, source, following, layers=tuple(layers), **rest
+            self.registered_name, self.decoder.fingerprint, source, following, layers=layers, **rest
         )
 
     def full_context(self, ids: Tensor, mask: Tensor) -> CompressedContext:

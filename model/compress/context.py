@@ -37,6 +37,15 @@ class LayerSlots:
     bias: Tensor | None = None
 
 
+def tight(t: Tensor) -> Tensor:
+    """The tensor in storage of its own size: a view of something larger would keep all of that alive."""
+    return (
+        t
+        if t.untyped_storage().nbytes() == t.numel() * t.element_size()
+        else t.clone(memory_format=torch.contiguous_format)
+    )
+
+
 @dataclass(frozen=True)
 class CompressedContext:
     """What a method keeps of a batch of contexts, and where the text after it begins.

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.cache_utils import Cache, DynamicLayer, Fp8QuantizedLayer, StaticLayer
 
-from model.compress.context import CompressedContext, LayerSlots
+from model.compress.context import CompressedContext, LayerSlots, tight
 from model.compress.families import FAMILIES, fingerprint
 from model.compress.masks import attention_mask, mask_hook
 
@@ -263,7 +263,7 @@ class Decoder:
             return tuple(LayerSlots(empty, empty, context.slot_mask) for _ in range(self.n_layers))
         h = self.stem(context.embeds, context.slot_positions)
         run = self.run(h, context.slot_positions, context.slot_mask, bias=context.slot_bias)
-        return tuple(LayerSlots(k, v, context.slot_mask, context.slot_bias) for k, v in run.kv)
+        return tuple(LayerSlots(tight(k), tight(v), context.slot_mask, context.slot_bias) for k, v in run.kv)
 
     # ------------------------------------------------------------------ transformers' own generate
 
@@ -375,6 +375,12 @@ def load_decoder(name: str | Path, folder: str | Path = "models", dtype: torch.d
     `folder`)."""
     path = _packaged(folder) if str(name) == PACKAGED else name
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+def load_in_bits(name: str | Path, bits: int) -> Any:
+    """A decoder in 8 or 4 bits through bitsandbytes; its linears are adapted by hooks, never read."""
+    quantized = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    return AutoModelForCausalLM.from_pretrained(name, quantization_config=quantized).eval()
 
 
 def load_tokenizer(name: str | Path, folder: str | Path = "models") -> Any:

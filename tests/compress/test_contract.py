@@ -165,9 +165,9 @@ def test_save_and_load(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_context_round_trip_and_bytes(tmp_path, method, llama):
+def test_context_round_trip_and_bytes(tmp_path, method, model):
     """11, 12, 13. A stored context is the same context; its reported bytes are the storage of its tensors."""
-    c = make(llama, method)
+    c = make(model, method)
     ids, mask = batch([15, 10])
     text, _ = batch([5, 5], seed=3)
     context = c.compress(ids, mask, **asked(method))

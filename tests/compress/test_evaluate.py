@@ -1,0 +1,166 @@
+"""The evaluator: what must come out for methods whose value is known, and the examples it is fed."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from model.compress import Chain, wrap
+from model.compress import evaluate as ev
+from tests.compress.tiny import batch, tiny_decoder
+from train import compress_data as data
+from train.errors import UserError
+
+
+def rows(n=6, context=20, text=8):
+    ids, _ = batch([context + text] * n)
+    return data.collate([data.Example(tuple(r[:context]), tuple(r[context:])) for r in ids.tolist()])
+
+
+def test_full_is_one_and_none_is_zero(model):
+    """18. By definition: the full context recovers everything, no context nothing."""
+    b = rows()
+    full = ev.score(wrap(model, "full"), [b, b], variants=("none", "full", "compressed", "shuffled"))
+    none = ev.score(wrap(model, "none"), [b], variants=("none", "full", "compressed"))
+    assert full.loss("compressed") == pytest.approx(full.loss("full"), abs=1e-5)
+    assert none.loss("compressed") == pytest.approx(none.loss("none"), abs=1e-5)
+    assert full.kv_bytes == full.full_kv_bytes and none.kv_bytes == 0
+    assert full.loss("shuffled") != pytest.approx(full.loss("full"), abs=1e-4)
+
+
+def test_recovered_fraction_and_interval():
+    made = ev.Score(
+        {
+            "none": torch.full((50,), 30.0),
+            "full": torch.full((50,), 10.0),
+            "compressed": 15 + torch.randn(50),
+        },
+        torch.full((50,), 10),
+    )
+    r, low, high = made.recovered()
+    assert low < r < high and r == pytest.approx(0.75, abs=0.03) and high - low < 0.1
+    assert made.beats("none")[1] > 0
+    flat = ev.Score({k: torch.ones(4) for k in ("none", "full", "compressed")}, torch.full((4,), 10))
+    assert flat.recovered() is None
+
+
+def test_oracle_beats_random_slots(llama):
+    """The bound really is fitted to the text it is scored on."""
+    made = ev.score(wrap(llama, "oracle", steps=40, lr=0.05), [rows(3)], budget=4)
+    assert made.loss("compressed") < min(made.loss("none"), made.loss("random")) - 0.05
+
+
+def test_restore_and_answers(llama):
+    b = rows(3)
+    assert 0 <= ev.restore_accuracy(wrap(llama, "mean_pool"), b, ratio=2) <= 1
+    assert ev.exact_match("The Paris.", "paris") == 1 and ev.exact_match("Rome", "paris") == 0
+    assert ev.f1("blue sky", "the blue sea") == pytest.approx(0.5)
+    assert ev.cost(wrap(llama, "mean_pool"), b, new_tokens=2, rounds=1, ratio=4).compress_s > 0
+
+
+class Letters:
+    """A tokenizer of one id per character, within the tiny vocabulary."""
+
+    def encode(self, text):
+        return [3 + ord(c) % 58 for c in text]
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+def test_passkey_table(llama):
+    rng = random.Random(0)
+    table = ev.passkey_table(
+        wrap(llama, "full"), Letters(), lambda n, d: {"context": "a" * n, "prompt": "k", "answer": str(d)},
+        [8], [0.0, 1.0], trials=1,
+    )  # fmt: skip
+    assert set(table) == {(8, 0.0), (8, 1.0)}
+    record = data.passkey(rng, lines=5, depth=1.0)
+    assert record["answer"].strip() in record["context"].splitlines()[-1]
+
+
+def test_chain(tmp_path, llama):
+    """17. Carriers are checked when built; a chain of embeddings and eviction works and comes back."""
+    auto = wrap(llama, "autocompressor", summary_length=4, segment_length=8, lora_rank=2)
+    evict = wrap(auto.decoder, "sink_window", sinks=1)
+    chain = Chain([auto, evict])
+    b = rows(2)
+    context = chain.compress(b.context, b.context_mask, budget=5)
+    assert context.slot_counts.unique().tolist() == [5] and context.method == "chain"
+    chain.save(tmp_path)
+    again = Chain.load(tmp_path, llama)
+    assert torch.equal(
+        again.decode(again.compress(b.context, budget=5), b.text)[0], chain.decode(context, b.text)[0]
+    )
+    with pytest.raises(ValueError, match="accepts tokens"):
+        Chain([evict, wrap(auto.decoder, "mean_pool")])
+    with pytest.raises(ValueError, match="same decoder"):
+        Chain([auto, wrap(tiny_decoder("llama", seed=3), "sink_window")])
+    embeds_after_cache = wrap(auto.decoder, "autocompressor", summary_length=2, lora_rank=0)
+    with pytest.raises(ValueError, match="accepts embeds"):
+        Chain([evict, embeds_after_cache])
+    assert Chain([auto, embeds_after_cache]).compress(b.context).slot_counts.tolist() == [2, 2]
+
+
+# ------------------------------------------------------------------ examples
+
+
+def test_collate_scores_answers_alone():
+    b = data.collate([data.Example((5, 6, 7), (8, 9, 10), 2), data.Example((5,), (8,), 0)])
+    assert b.labels.tolist() == [[-100, -100, 10], [8, -100, -100]]
+    assert b.context_mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+@pytest.mark.parametrize("kind", ["passkey", "recall", "arithmetic"])
+def test_generated_answers_are_in_reach(kind):
+    for r in data.generate(kind, 20, 0):
+        answer = r["answer"].strip()
+        if kind == "arithmetic":
+            numbers = [int(w) for w in r["context"].replace(".", "").split() if w.isdigit()]
+            assert sum(numbers) == int(answer)
+        else:
+            assert answer in r["context"]
+    assert (
+        list(data.generate(kind, 3, 1)) == list(data.generate(kind, 3, 1)) != list(data.generate(kind, 3, 2))
+    )
+
+
+def test_files(tmp_path):
+    how = data.Reading(context=6, target=2, heldout=0.3)
+    jsonl = tmp_path / "a.jsonl"
+    lines = [{"context": "abc", "activation_prompt": "q", "expected_completion": str(i)} for i in range(5)]
+    jsonl.write_text("\n".join(json.dumps(x) for x in lines))
+    train, held, dropped = data.read(str(jsonl), Letters(), how)
+    assert len(train) + len(held) == 5 and not set(train) & set(held) and dropped == 0
+    (tmp_path / "t.txt").write_text("lorem ipsum dolor " * 10)
+    assert all(
+        len(e.context) == 6 and len(e.text) == 2
+        for e in data.read(str(tmp_path / "t.txt"), Letters(), how)[0]
+    )
+    task = {"Definition": ["Say it."], "Instances": [{"input": str(i), "output": ["yes"]} for i in range(4)]}
+    (tmp_path / "sni.json").write_text(json.dumps(task))
+    assert sum(map(len, data.read(str(tmp_path / "sni.json"), Letters(), how)[:2])) == 4
+    choice = {"context": "c", "question": "q", "answer": "B", **{f"choice_{x}": x for x in "ABCD"}}
+    (tmp_path / "lb.json").write_text(json.dumps([choice] * 3))
+    assert sum(map(len, data.read(str(tmp_path / "lb.json"), Letters(), how)[:2])) == 3
+    wordnet = tmp_path / "wn"
+    wordnet.mkdir()
+    entry = "0000 03 n 01 word{} 0 001 @ 00 n 0000 | gloss number {}; an example"
+    (wordnet / "data.noun").write_text("\n".join(entry.format(i, i) for i in range(9)))
+    (one,) = data.generate(f"wordnet:{wordnet}", 1, 0)
+    assert one["answer"].strip().startswith("word") and "gloss number" in one["prompt"]
+
+
+def test_bad_sources_are_named(tmp_path):
+    how = data.Reading()
+    (tmp_path / "a.jsonl").write_text('{"context": "x"}\n')
+    for source, word in (
+        ("nowhere.bin", "not a dataset"),
+        (str(tmp_path / "a.jsonl"), "a.jsonl:1"),
+        ("gone.jsonl", "no such"),
+    ):
+        with pytest.raises(UserError, match=word):
+            data.read(source, Letters(), how)

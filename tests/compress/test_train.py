@@ -1,0 +1,123 @@
+"""The command line: it trains, resumes bit for bit, keeps the best, and says what is wrong in one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from model.compress import load_compressor
+from tests.compress.tiny import VOCAB, tiny_decoder
+from train.compress import main
+
+SMALL = {
+    "condense": ["--num_condense_tokens", "4", "--lora_rank", "2"],
+    "autocompressor": ["--summary_length", "2", "--lora_rank", "2", "--objective", "document"],
+    "variable_autocompressor": ["--compression_max_len", "2", "--objective", "document", "--randomize_substeps"],
+    "pairs": ["--T_w", "4", "--r", "0.2", "--hidden_dim", "8"],
+    "clusters": ["--similarity_threshold", "0.2", "--use_residuals", "--adaptive_threshold", "--contrastive_weight", "0.1", "--freeze_base"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A decoder folder with a tokenizer of letters, and a text."""
+    tiny_decoder("gpt2").save_pretrained(tmp_path / "decoder")
+    vocab = {chr(65 + i): i for i in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="A"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="A").save_pretrained(tmp_path / "decoder")
+    g = torch.Generator().manual_seed(0)
+    text = "".join(chr(65 + int(i)) for i in torch.randint(0, VOCAB, (900,), generator=g))
+    (tmp_path / "text.txt").write_text(text)
+    return tmp_path
+
+
+def command(place, method, run, *more):
+    return [
+        "--method", method, "--model_name", str(place / "decoder"), "--data_path", str(place / "text.txt"),
+        "--output_dir", str(place / run),
+        *["--context", "16", "--target", "6", "--batch_size", "4", "--micro", "2", "--steps", "4", "--eval_steps", "2", "--save_steps", "2"],
+        *["--eval_examples", "4", "--generate_tokens", "3"],
+        *SMALL[method], *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", SMALL)
+def test_trains_and_keeps_the_best(place, method):
+    assert main(command(place, method, "a")) == 0
+    records = [json.loads(line) for line in (place / "a" / "metrics.jsonl").read_text().splitlines()]
+    kinds = [r["kind"] for r in records]
+    assert kinds.count("train") == 4 and kinds.count("eval") == 3 and kinds.count("sample") == 3
+    best = load_compressor(place / "a" / "best", tiny_decoder("gpt2"))
+    assert best.registered_name == method
+    last = load_file(place / "a" / "last" / "adapter_model.safetensors")
+    first = load_file(place / "a" / "best" / "adapter_model.safetensors")
+    assert set(first) == set(last)
+
+
+def test_resumes_bit_for_bit(place):
+    """Stopped after step 2 and gone on with: the same weights as in one go."""
+    whole = command(place, "condense", "whole")
+    assert main(whole) == 0
+    part = command(place, "condense", "part")
+    import train.compress_loop as loop
+
+    step, seen = loop.Fit.train_step, []
+
+    def interrupted(self):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return step(self)
+
+    loop.Fit.train_step = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            main(part)
+    finally:
+        loop.Fit.train_step = step
+    assert main([*part, "--resume"]) == 0
+    a, b = (load_file(place / n / "last" / "adapter_model.safetensors") for n in ("whole", "part"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    "change,word",
+    [
+        (["--data_path", "nowhere.txt"], "nowhere.txt"),
+        (["--objective", "guess"], "one of lm"),
+        (["--objective", "document"], "AutoCompressors alone"),
+        (["--load_in", "8bit"], "bitsandbytes|CUDA"),
+        (["--loader", "unsloth"], "unsloth"),
+        (["--model_name", "nowhere/at-all"], "nowhere"),
+        (["--context", "2000"], "at least 2"),
+    ],
+)
+def test_mistakes_are_named(place, capsys, monkeypatch, change, word):
+    import re
+
+    assert main([*command(place, "condense", "x"), *change]) == 2
+    err = capsys.readouterr().err
+    assert re.search(word, err) and "Traceback" not in err
+    assert not (place / "x" / "best").exists()
+
+
+def test_a_run_is_not_overwritten(place, capsys):
+    assert main(command(place, "pairs", "a")) == 0
+    assert main(command(place, "pairs", "a")) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main([*command(place, "pairs", "a"), "--r", "0.5", "--resume"]) == 2
+    assert "other options" in capsys.readouterr().err
+
+
+def test_set_is_a_flag(place, capsys):
+    assert main([*command(place, "pairs", "a"), "--set", "compress.r=0.4"]) == 0
+    config = json.loads((place / "a" / "last" / "compressor_config.json").read_text())["config"]
+    assert config["r"] == 0.4
+    with pytest.raises(SystemExit):
+        main([*command(place, "pairs", "b"), "--set", "rr=0.4"])

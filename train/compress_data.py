@@ -1,0 +1,279 @@
+"""Contexts, prompts and answers for training and scoring context compressors.
+
+Sources, all local:
+    a prepared dataset folder                          rows of context + target tokens, cut from running text
+    *.txt, *.md                                        the same, tokenized here
+    *.jsonl                                            {"context", "prompt", "answer"} (or activation_prompt,
+                                                       expected_completion), or {"text"}
+    a Super-NaturalInstructions task (*.json)          definition and examples as context, input and output
+    a LongBench v2 file (*.json)                       context, question with four choices, the letter
+    passkey | recall | arithmetic | wordnet:DIR        generated, seeded
+
+Shape legend: B batch  C context  T text.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dataset
+from train.errors import UserError
+
+GENERATED = ("passkey", "recall", "arithmetic", "wordnet")
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a context and of the text after it; the first `prompt` ids of the text are not scored."""
+
+    context: tuple[int, ...]
+    text: tuple[int, ...]
+    prompt: int = 0
+
+
+class ExampleBatch(NamedTuple):
+    """context, context_mask [B, C] and text, text_mask, labels [B, T], padded on the right with id 0."""
+
+    context: Tensor
+    context_mask: Tensor
+    text: Tensor
+    text_mask: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> ExampleBatch:
+        return ExampleBatch(*(t.to(device) for t in self))
+
+
+def collate(examples: Sequence[Example]) -> ExampleBatch:
+    def padded(rows: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r, dtype=torch.int64) for r in rows], True)
+        lengths = torch.tensor([len(r) for r in rows])
+        return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+    context, context_mask = padded([e.context for e in examples])
+    text, text_mask = padded([e.text for e in examples])
+    prompts = torch.tensor([e.prompt for e in examples])
+    labels = text.masked_fill(~text_mask | (torch.arange(text.shape[1]) < prompts[:, None]), -100)
+    return ExampleBatch(context, context_mask, text, text_mask, labels)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How sources become examples: lengths in tokens for running text, limits for the rest."""
+
+    context: int = 256
+    target: int = 64
+    max_tokens: int = 4096
+    max_characters: int = 10_000
+    samples: int = 2000
+    heldout: float = 0.05
+    seed: int = 0
+
+
+def read(source: str, tokenizer: Any, how: Reading) -> tuple[list[Example], list[Example], int]:
+    """Training and held-out examples, which share no row, and how many rows were too long and left out.
+
+    Raises UserError for a source that is not there or holds nothing usable.
+    """
+    path = Path(source)
+    name = source.split(":")[0]
+    if name in GENERATED:
+        rows, dropped = _encode(generate(source, how.samples, how.seed), tokenizer, how)
+    elif (path / "manifest.json").is_file():
+        return *_prepared(path, how), 0
+    elif path.suffix in (".txt", ".md"):
+        rows, dropped = list(running(_ids(tokenizer, path.read_text()), how)), 0
+    elif path.suffix in (".jsonl", ".json"):
+        rows, dropped = _encode(_records(path), tokenizer, how)
+    else:
+        raise UserError(
+            f"{source}: not a dataset folder, .txt, .md, .jsonl or .json file, nor {', '.join(GENERATED)}"
+        )
+    random.Random(how.seed).shuffle(rows)
+    cut = max(1, round(len(rows) * how.heldout))
+    if len(rows) < 2:
+        raise UserError(
+            f"{source}: {len(rows)} usable examples ({dropped} were too long); at least 2 are needed. Give more "
+            f"text, or shorter --context ({how.context}) and --target ({how.target})"
+        )
+    return rows[cut:], rows[:cut], dropped
+
+
+def _prepared(path: Path, how: Reading) -> tuple[list[Example], list[Example]]:
+    data, out = dataset.open(path), []
+    for split in ("train", "heldout"):
+        view = data.view(how.context + how.target, seed=how.seed, split=split)
+        n = min(how.samples if split == "train" else max(8, how.samples // 10), view.rows)
+        rows = view.tokens(np.arange(n)).tolist()
+        out.append([Example(tuple(r[: how.context]), tuple(r[how.context :])) for r in rows])
+    return out[0], out[1]
+
+
+def running(ids: Sequence[int], how: Reading) -> Iterator[Example]:
+    """Consecutive windows of context + target tokens."""
+    step = how.context + how.target
+    for at in range(0, len(ids) - step + 1, step):
+        yield Example(tuple(ids[at : at + how.context]), tuple(ids[at + how.context : at + step]))
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    encoded = tokenizer.encode(text)
+    return list(getattr(encoded, "ids", encoded))
+
+
+def _encode(records: Iterator[dict[str, str]], tokenizer: Any, how: Reading) -> tuple[list[Example], int]:
+    """Examples that fit, and the number that do not: nothing is cut short."""
+    out, dropped = [], 0
+    for r in records:
+        if "text" in r:
+            out += list(running(_ids(tokenizer, r["text"]), how))
+            continue
+        context, prompt = _ids(tokenizer, r["context"]), _ids(tokenizer, r["prompt"])
+        if len(r["context"]) > how.max_characters or len(context) > how.max_tokens:
+            dropped += 1
+            continue
+        answer = _ids(tokenizer, r["answer"])
+        if context and prompt and answer:
+            out.append(Example(tuple(context), (*prompt, *answer), len(prompt)))
+    return out, dropped
+
+
+# ----------------------------------------------------------------------------- files
+
+
+def _records(path: Path) -> Iterator[dict[str, str]]:
+    """Records of any supported JSON file, as text or as context, prompt and answer."""
+    try:
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                if line.strip():
+                    yield _record(json.loads(line), f"{path}:{number}")
+            return
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if isinstance(data, dict) and "Instances" in data:
+        yield from _instructions(data)
+    elif isinstance(data, list) and data and "choice_A" in data[0]:
+        yield from (_choices(r) for r in data)
+    elif isinstance(data, list):
+        yield from (_record(r, f"{path}[{i}]") for i, r in enumerate(data))
+    else:
+        raise UserError(
+            f"{path}: a list of records, a Super-NaturalInstructions task or a LongBench v2 file is needed"
+        )
+
+
+def _record(r: dict[str, Any], where: str) -> dict[str, str]:
+    if "text" in r:
+        return {"text": str(r["text"])}
+    prompt, answer = (
+        r.get("prompt", r.get("activation_prompt")),
+        r.get("answer", r.get("expected_completion")),
+    )
+    if "context" not in r or prompt is None or answer is None:
+        raise UserError(
+            f"{where}: has {', '.join(sorted(r))}; needs context, prompt and answer (or activation_prompt "
+            "and expected_completion), or text"
+        )
+    return {"context": str(r["context"]), "prompt": str(prompt), "answer": str(answer)}
+
+
+def _instructions(task: dict[str, Any]) -> Iterator[dict[str, str]]:
+    definition = " ".join(task["Definition"]) if isinstance(task["Definition"], list) else task["Definition"]
+    shown = "".join(
+        f"\nInput: {e['input']}\nOutput: {e['output']}\n" for e in task.get("Positive Examples", [])
+    )
+    for r in task["Instances"]:
+        answer = r["output"][0] if isinstance(r["output"], list) else r["output"]
+        yield {
+            "context": definition + shown,
+            "prompt": f"\nInput: {r['input']}\nOutput:",
+            "answer": f" {answer}",
+        }
+
+
+def _choices(r: dict[str, Any]) -> dict[str, str]:
+    choices = "".join(f"\n{letter}. {r[f'choice_{letter}']}" for letter in "ABCD")
+    return {
+        "context": r["context"],
+        "prompt": f"\n\nQuestion: {r['question']}{choices}\nAnswer:",
+        "answer": f" {r['answer']}",
+    }
+
+
+# ----------------------------------------------------------------------------- generated
+
+
+def generate(source: str, samples: int, seed: int) -> Iterator[dict[str, str]]:
+    """Records of a generated task; the same for the same seed."""
+    kind, _, where = source.partition(":")
+    rng = random.Random(seed)
+    if kind == "wordnet":
+        yield from wordnet(Path(where), samples, rng)
+        return
+    make = {"passkey": passkey, "recall": recall, "arithmetic": arithmetic}[kind]
+    for _ in range(samples):
+        yield make(rng)
+
+
+def passkey(rng: random.Random, lines: int = 12, depth: float | None = None) -> dict[str, str]:
+    """A five-digit key in `lines` lines of filler, at `depth` of them (0 first, 1 last; None: anywhere)."""
+    filler = "The grass is green. The sky is blue. The sun is yellow. Here we go.\n"
+    key = f"{rng.randrange(10_000, 100_000)}"
+    at = rng.randint(0, lines) if depth is None else round(depth * lines)
+    text = [filler] * lines
+    text.insert(at, f"The pass key is {key}. Remember it.\n")
+    return {"context": "".join(text), "prompt": "What is the pass key? The pass key is", "answer": f" {key}"}
+
+
+def recall(rng: random.Random, pairs: int = 12) -> dict[str, str]:
+    """Key-value pairs; the value of one key is asked for."""
+    letters = "bcdfghjklmnpqrstvwz"
+    keys = rng.sample([a + e + b for a in letters for e in "aeiou" for b in letters], pairs)
+    values = [str(rng.randrange(10, 100)) for _ in keys]
+    asked = rng.randrange(pairs)
+    context = "".join(f"{k} = {v}\n" for k, v in zip(keys, values))
+    return {"context": context, "prompt": f"{keys[asked]} =", "answer": f" {values[asked]}"}
+
+
+def arithmetic(rng: random.Random, facts: int = 3) -> dict[str, str]:
+    """A short sum in words."""
+    names = rng.sample(["Ann", "Ben", "Cleo", "Dan", "Eva", "Finn"], facts)
+    counts = [rng.randrange(2, 30) for _ in names]
+    context = " ".join(f"{n} has {c} apples." for n, c in zip(names, counts))
+    return {
+        "context": context,
+        "prompt": " How many apples are there in all? Answer:",
+        "answer": f" {sum(counts)}",
+    }
+
+
+def wordnet(folder: Path, samples: int, rng: random.Random) -> Iterator[dict[str, str]]:
+    """Glosses of a few words as context; one is asked for its word. folder: holds WordNet's data.* files."""
+    files = sorted(folder.glob("data.*"))
+    if not files:
+        raise UserError(f"{folder}: no WordNet data files (data.noun, ...) there")
+    entries = []
+    for file in files:
+        for line in file.read_text(errors="replace").splitlines():
+            if line[:1] != " " and "|" in line:
+                word = line.split()[4].replace("_", " ")
+                gloss = line.split("|", 1)[1].split(";")[0].strip()
+                entries.append((word, gloss))
+    for _ in range(samples):
+        chosen = rng.sample(entries, 8)
+        word, gloss = rng.choice(chosen)
+        context = "".join(f"{w}: {g}\n" for w, g in chosen)
+        yield {"context": context, "prompt": f'The word that means "{gloss}" is', "answer": f" {word}"}
