@@ -12,7 +12,7 @@ import torch
 
 from experiments.bench.harness import Result, summarize
 
-STEPS = 8
+STEPS = 4
 _CHILD = "import sys; from experiments.bench.allocator import child; child(sys.argv[1], int(sys.argv[2]))"
 
 
@@ -44,7 +44,7 @@ def run(rounds: int) -> list[Result]:
     for turn in range(rounds):
         for which in ("on", "off") if turn % 2 else ("off", "on"):
             command = [sys.executable, "-c", _CHILD, which, str(torch.get_num_threads())]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+            out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
             clock[names[which]].append(float(out[-2]))
             cpu[names[which]].append(float(out[-1]))
     title = f"Allocator: mamba2 d512, B4 T1024, bf16, eager, {STEPS} forward + backward"
