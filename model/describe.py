@@ -20,8 +20,8 @@ from model import config as configs
 from model.build import DEFAULT_VOCAB, build
 from model.flops import SiteCost, site_costs
 from model.hub import table_shape
+from model.items import Cross, Fade, Item, Visit
 from model.lm import LanguageModel
-from model.plan import Fade, Item, Visit
 from model.quant.base import Quantizer
 from model.schema import Config
 
@@ -32,7 +32,7 @@ H = TypeVar("H", bound=Hashable)
 class Site:
     """One visit of one bank module.
 
-    kind:       embed | visit | bracket | head.    depth: how many brackets stand around it.
+    kind:       embed | visit | bracket | memory | head.    depth: how many brackets stand around it.
     parameters: of the module, 0 where it was visited before (`shared`).
     frozen:     it has parameters, and none of them is trained.
     flops, training: forward, and forward with backward, per token of the outermost length.
@@ -185,6 +185,14 @@ class _Walker:
                 site = Site(item.site, item.module, name, "visit", depth, str(spec.dim), 0, notes=notes)
                 self.add(site, module, cost, share)
                 continue
+            if isinstance(item, Cross):
+                skip = "a prefill runs the cross half on the last token alone"
+                noted = (skip, *notes) if item.skip else notes
+                shape = f"{spec.dim} → 2 × {module.heads} × {module.head_dim}"
+                site = Site(item.site, item.module, name, "memory", depth, shape, 0, notes=noted)
+                self.add(site, module, cost, share)
+                self.items(item.inner, depth + 1, share)
+                continue
             merge = int(getattr(module, "merge", 1))
             shape = f"{spec.dim} → {module.code_dim}" + (f", T/{merge}" if merge > 1 else "")
             site = Site(item.site, item.module, name, "bracket", depth, shape, 0, notes=notes)
@@ -232,7 +240,8 @@ def fold(items: Sequence[H]) -> list[tuple[int, list[H]]]:
 def diagram(lm: LanguageModel) -> str:
     """One line: `embed* s1.samba* s1.int8*> +( s2.samba ) <s1.int8* s1.samba* heads`.
 
-    `q> ... <q` is a bracket, `*` is frozen, `+( )` adds to the code around it, `6×( )` stands six times.
+    `q> ... <q` is a bracket, `*` is frozen, `+( )` adds to the code around it, `6×( )` stands six times,
+    `memory[ ]` is a yoco's memory around the blocks that read it.
     """
     embed_frozen = not any(p.requires_grad for p in lm.embed.parameters())
     return " ".join(["embed" + "*" * embed_frozen, *_words(lm, lm.plan.items), "heads"])
@@ -247,6 +256,8 @@ def _words(lm: LanguageModel, items: Sequence[Item]) -> list[str]:
         elif isinstance(item, Fade):
             inner = _words(lm, item.inner)
             words.extend(["+(", *inner, ")"] if item.residual else inner)
+        elif isinstance(item, Cross):
+            words.extend([f"{name}[", *_words(lm, item.inner), "]"])
         else:
             ends = (f"<{name}", f"{name}>") if item.turned else (f"{name}>", f"<{name}")
             words.extend([ends[0], *_words(lm, item.inner), ends[1]])
@@ -304,6 +315,11 @@ class _Mermaid:
                 node = self.box("+" if item.residual else "blend", inner, None, indent)
                 self.lines.append(f"{indent}{last} -.-> {node}")
                 last = node
+            elif isinstance(item, Cross):
+                memory = self.box(item.site, last, self.sites[item.site], indent)
+                self.lines.append(f'{indent}subgraph g{self.count}["cross half"]')
+                last = self.items(item.inner, memory, indent + "  ")
+                self.lines.append(f"{indent}end")
             else:
                 first, second = ("exit", "enter") if item.turned else ("enter", "exit")
                 title = item.site.replace('"', "#quot;")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from model.core import Bottleneck, Cost
-from model.plan import Bracket, Fade, Item, Visit
+from model.items import Bracket, Cross, Fade, Item, Visit
 
 if TYPE_CHECKING:
     from model.lm import LanguageModel
@@ -80,6 +80,9 @@ class _Counter:
                 assert isinstance(module, Bottleneck)
                 self.add(item.site, item.module, module, T, module.cost(T))
                 self.items(item.inner, T // module.merge)
+            elif isinstance(item, Cross):
+                self.add(item.site, item.module, module, T, module.cost(T))
+                self.items(item.inner, T)
             elif isinstance(item, Fade):
                 self.items(item.inner, T)
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.items import Bracket, Cross, Fade, Visit
 from model.lm import LanguageModel, residual_outputs
-from model.plan import Bracket, Fade, Visit, make_plan
+from model.plan import make_plan
 from model.schema import Config, ConfigError, OnionNode
 
 
@@ -158,7 +159,7 @@ def _bank_layers(config: Config) -> list[tuple[str, tuple]]:
     plan = make_plan(config)
     seen: dict[str, tuple] = {}
     for item in plan.walk():
-        if isinstance(item, Visit) and item.module not in seen:
+        if isinstance(item, Visit | Cross) and item.module not in seen:
             spec = plan.modules[item.module]
             seen[item.module] = (spec.name, spec.dim, repr(sorted(spec.params.items())))
     return list(seen.items())

@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.blocks.xattn import KVMemory, last_places
 from model.combine import Faded, Residual
-from model.core import NO_AUX, Aux, Bottleneck, Ctx, Docs, State, merge_aux
+from model.core import NO_AUX, Aux, Bottleneck, Ctx, Docs, merge_aux
 from model.embed import Embed
 from model.flops import flops_per_token
 from model.generate import generate
 from model.heads import IGNORE, Head, shift_targets, shift_weights
+from model.items import Bracket, Cross, ModuleSpec, Plan, Visit
 from model.ops.loss import linear_argmax, linear_cross_entropy
-from model.plan import Bracket, Item, ModuleSpec, Plan, Visit, make_plan
+from model.plan import make_plan
 from model.quant.adapter import Adapter
 from model.registry import make_block, make_quantizer
+from model.run import Pass, States
 from model.schema import Config
-
-States = dict[str, Any]  # site path -> the state of that site
 
 
 @dataclass
@@ -45,25 +46,6 @@ class Output:
     sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     state: States | None = None
     aux: Aux = NO_AUX
-
-
-@dataclass
-class _Pass:
-    """One pass through the sites: states in, states out, by-products."""
-
-    ctx: Ctx
-    states: States | None
-    out: States = field(default_factory=dict)
-    aux: list[Aux] = field(default_factory=list)
-
-    def state(self, site: str) -> State | None:
-        return None if self.states is None else self.states.get(site)
-
-    def keep(self, site: str, state: State | None, aux: Aux) -> None:
-        if self.states is not None:
-            self.out[site] = state
-        if aux is not NO_AUX:
-            self.aux.append(aux.under(site))
 
 
 class LanguageModel(nn.Module):
@@ -109,11 +91,10 @@ class LanguageModel(nn.Module):
         norms:     {head: divisor of the summed loss}; default the batch's own sum of weights. The
                    global batch's makes accumulated and data-parallel gradients exact.
         aux_scale: factor on auxiliary losses (a micro batch's share of the global batch).
-        last:      logits of the last position only, [B, 1, V].
+        last:      logits of the last position only, [B, 1, V]; a yoco then skips its cross half elsewhere.
         """
         table = self.embed.table()
-        run = _Pass(Ctx(docs=docs, progress=self.progress), state)
-        x = self._sites(self.plan.items, self._compute_dtype(self.embed(tokens, table)), run)
+        x, run = self._trunk(tokens, table, docs, state, last and labels is None)
         out = Output(state=run.out if state is not None else None)
         unembed = self.embed.output_table(table)
         if labels is None:
@@ -126,46 +107,28 @@ class LanguageModel(nn.Module):
                 out.loss = out.loss + aux_scale * value.float()
         return out
 
-    def _sites(self, items: tuple[Item, ...], x: Tensor, run: _Pass) -> Tensor:
-        for item in items:
-            module = self.bank[item.module]
-            if isinstance(item, Visit):
-                step = module(x, run.state(item.site), run.ctx)
-                run.keep(item.site, step.state, step.aux)
-                x = step.y
-            elif isinstance(item, Bracket):
-                x = self._turned(item, module, x, run) if item.turned else self._bracket(item, module, x, run)
-            else:
-                step = module(x, self._sites(item.inner, x, run), item.residual, run.ctx.docs)
-                run.keep(item.site, None, step.aux)
-                x = step.y
-        return x
-
-    def _bracket(self, item: Bracket, module: nn.Module, x: Tensor, run: _Pass) -> Tensor:
-        entered = module("enter", x, run.state(item.site), run.ctx)
-        inside = _Pass(entered.ctx or run.ctx, run.states, run.out, run.aux)
-        code = self._sites(item.inner, entered.code, inside)
-        step = module("exit", code, entered.saved, entered.state, run.ctx)
-        run.keep(item.site, step.state, merge_aux([entered.aux, step.aux]))
-        return step.y
-
-    def _turned(self, item: Bracket, module: nn.Module, x: Tensor, run: _Pass) -> Tensor:
-        """Out of the code, through the inside at the outer width, and back onto the code's grid."""
-        inner = self._sites(item.inner, module("exit", x, None, None, run.ctx).y, run)
-        entered = module("enter", inner, None, run.ctx)
-        run.keep(item.site, None, entered.aux)
-        return entered.code
+    def _trunk(
+        self,
+        tokens: Tensor,
+        table: Tensor | None,
+        docs: Docs | None,
+        state: States | None,
+        last: bool = False,
+    ) -> tuple[Tensor, Pass]:
+        """What the heads read: [B, T, D] (or [B, 1, D] where a cross half was skipped), and the pass."""
+        run = Pass(self.bank, Ctx(docs=docs, progress=self.progress), state, last)
+        return run.run(self.plan.items, self._compute_dtype(self.embed(tokens, table))), run
 
     def _compute_dtype(self, x: Tensor) -> Tensor:
         device = x.device.type
         return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
-    def _head(self, name: str, x: Tensor, run: _Pass) -> Tensor:
+    def _head(self, name: str, x: Tensor, run: Pass) -> Tensor:
         step = self.heads[name](x, run.state(f"heads.{name}"), run.ctx)
         run.keep(f"heads.{name}", step.state, step.aux)
         return step.y
 
-    def _logits(self, x: Tensor, unembed: Tensor, run: _Pass, last: bool) -> Tensor:
+    def _logits(self, x: Tensor, unembed: Tensor, run: Pass, last: bool) -> Tensor:
         first = self.output_head
         for name in self.heads:
             if name != first and run.states is not None:
@@ -183,7 +146,7 @@ class LanguageModel(nn.Module):
         weights: Tensor | None,
         docs: Docs | None,
         norms: Mapping[str, Tensor | float] | None,
-        run: _Pass,
+        run: Pass,
         out: Output,
     ) -> None:
         total = x.new_zeros((), dtype=torch.float32)
@@ -219,8 +182,7 @@ class LanguageModel(nn.Module):
     def _predictions(self, tokens: Tensor, docs: Docs | None) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """{head: (states [B*T, D], unembedding [V, D], targets [B, T])}."""
         table = self.embed.table()
-        run = _Pass(Ctx(docs=docs, progress=self.progress), None)
-        x = self._sites(self.plan.items, self._compute_dtype(self.embed(tokens, table)), run)
+        x, run = self._trunk(tokens, table, docs, None)
         return {
             name: (
                 self._head(name, x, run).flatten(0, 1),
@@ -257,7 +219,7 @@ class LanguageModel(nn.Module):
         states: States = {}
         for item in self.plan.walk():
             module = self.bank[item.module]
-            if isinstance(item, Visit) or (isinstance(item, Bracket) and not item.turned):
+            if isinstance(item, Visit | Cross) or (isinstance(item, Bracket) and not item.turned):
                 states[item.site] = module.init_state(batch, like, capacity)
         for name, head in self.heads.items():
             states[f"heads.{name}"] = head.init_state(batch, like, capacity)
@@ -320,11 +282,13 @@ def _build(spec: ModuleSpec) -> nn.Module:
         module = Residual(make_block(spec.name, spec.dim, **spec.params))
     elif spec.kind == "quant":
         module = make_quantizer(spec.name, spec.dim, **spec.params)
+    elif spec.kind == "memory":
+        module = KVMemory(spec.dim, **spec.params)
     elif spec.kind == "adapter":
         module = Adapter(spec.dim, **spec.params)
     else:
         module = Faded(**spec.params)
-    if not isinstance(module, Residual | Bottleneck | Faded):
+    if not isinstance(module, Residual | Bottleneck | Faded | KVMemory):
         raise TypeError(f"{spec.name} is not a block or a bottleneck")
     return module.requires_grad_(not spec.frozen)
 
@@ -336,6 +300,4 @@ def _count(targets: Tensor, weights: Tensor | None) -> Tensor:
 
 def _last_tokens(h: Tensor, docs: Docs) -> Tensor:
     """[B, 1, D]: the state at each row's last token that is not padding."""
-    places = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
-    at = torch.where(docs.tokens, places, -1).amax(1).clamp_min(0)
-    return h.gather(1, at[:, None, None].expand(-1, 1, h.shape[2]))
+    return h.gather(1, last_places(docs)[:, None, None].expand(-1, 1, h.shape[2]))

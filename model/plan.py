@@ -16,7 +16,6 @@ from model.schema import (
     BlockNode,
     Config,
     ConfigError,
-    Mark,
     MemorySpec,
     Node,
     OnionNode,
@@ -196,8 +195,8 @@ class _Builder:
         heads = node.params.get("heads") or dim // width
         if given != width or heads % max(kv, 1):
             self.errors.append(
-                f"{node.mark}: {node.name} has {heads} heads of width {given}, but the memory has {kv} of width"
-                f" {width}: widths must be equal and the memory's heads divide the block's"
+                f"{node.mark}: {node.name} has {heads} heads of width {given}, but the memory has {kv} of"
+                f" width {width}: widths must be equal and the memory's heads divide the block's"
             )
         return {**node.params, "head_dim": width}
 
@@ -209,9 +208,8 @@ class _Builder:
             why = None if self.errors else self._why_not(items, i, config)
             if why is not None and node.yoco.skip == "on":
                 self.errors.append(f"{node.mark}: skip: on, but {why}; use `skip: auto`")
-            item = None if i is None else items[i]
-            if isinstance(item, Cross) and why is None and node.yoco.skip != "off":
-                out[i] = replace(item, skip=True)
+            if i is not None and why is None and node.yoco.skip != "off":
+                out[i] = replace(out[i], skip=True)  # type: ignore[arg-type]
         return tuple(out)
 
     def _why_not(self, items: tuple[Item, ...], i: int | None, config: Config) -> str | None:

@@ -22,16 +22,26 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 # name is its layer: a model module that is not named here (lm, heads, embed, describe, grow, generate and
 # what they are split into) belongs to the layer "model", above plan and blocks and below compress.
 # A facade (`model`, `model.__main__`, ...) may import all of its package.
-_BASE = {"model.core", "model.registry", "model.ops"}
-_PLAN = {"model.core", "model.registry", "model.schema", "model.config", "model.plan"}
+_BASE = {"model.docs", "model.core", "model.registry", "model.ops"}
+_PLAN = {
+    "model.docs",
+    "model.core",
+    "model.registry",
+    "model.schema",
+    "model.config",
+    "model.items",
+    "model.plan",
+}
 LAYERS: dict[str, set[str]] = {
-    "model.core": set(),
+    "model.docs": set(),
+    "model.core": {"model.docs"},
     "model.ops": set(),
     "model.registry": set(),
     "model.blocks": _BASE,
     "model.quant": _BASE,
     "model.schema": _PLAN,
     "model.config": _PLAN,
+    "model.items": _PLAN,
     "model.plan": _PLAN,
     "model.compress": {*_BASE, "model.blocks"},
     "model": set(),
@@ -45,7 +55,12 @@ ABOVE = {"model": "model.compress"}  # parts of a layer's own package that it ma
 
 # Third-party packages that only some places may import.
 GPU = {"triton", "mamba_ssm", "causal_conv1d", "flash_attn", "fla", "cupy", "thunderkittens"}
-ONLY: dict[str, set[str]] = {"model.core": {"torch"}, "model.ops": {"torch"} | GPU, "model.registry": set()}
+ONLY: dict[str, set[str]] = {
+    "model.docs": {"torch"},
+    "model.core": {"torch"},
+    "model.ops": {"torch"} | GPU,
+    "model.registry": set(),
+}
 PLACES: dict[str, tuple[str, ...]] = {
     **{name: ("model.ops",) for name in GPU},
     "torch": ("model", "train", "experiments", "dataset.loader", "dataset.score", "dataset.continuation"),

@@ -18,6 +18,7 @@ AT_LEAST: dict[type, dict[str, int]] = {
     schema.Config: {"dim": 1, "vocab": 1, "init_std": 0},
     schema.RepeatNode: {"repeat": 1},
     schema.ShellNode: {"to": 1, "width": 1, "merge": 1},
+    schema.MemorySpec: {"head_dim": 1, "group": 1, "theta": 1},
     schema.Blend: {"steps": 0, "hold": 0, "code": 0},
     schema.EmbedConfig: {"project": 1},
     schema.HeadConfig: {"shift": 0, "weight": 0},
@@ -70,6 +71,11 @@ def _repeat(v: Values) -> Found:
         yield "of", "is empty: nothing to repeat"
 
 
+def _yoco(v: Values) -> Found:
+    if v.get("cross") == []:
+        yield "cross", "is empty: want blocks that read the memory, like [xattn, mlp]"
+
+
 def _shell(v: Values) -> Found:
     if v.get("merge", 1) > 1 and not v.get("residual", True):
         yield (
@@ -94,6 +100,7 @@ _CHECKS: dict[type, Callable[[Values], Found]] = {
     schema.RunConfig: _run,
     schema.OptimConfig: _optim,
     schema.RepeatNode: _repeat,
+    schema.YocoSpec: _yoco,
     schema.ShellNode: _shell,
     schema.OnionNode: _onion,
 }

@@ -1,13 +1,15 @@
 """What the laws are run on: block parameters small enough that windows, chunks and heads bite.
 
-CASES[name] is a list of cases, each a dict with any of dim, T (longer than every window and chunk) and
-params. A registered block that is missing here is judged with its defaults.
+CASES[name] is a list of cases, each a dict with any of dim, T (longer than every window and chunk), params
+and around (what the block needs around it). A registered block that is missing is judged with its defaults.
 EXEMPT[(name, law)] is the written reason why a law does not hold.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from .memory import remembering
 
 CASES: dict[str, list[dict[str, Any]]] = {
     "attention": [
@@ -46,6 +48,10 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"params": {"head_dim": 16, "window": 5}},
         {"params": {"head_dim": 8, "group": 4, "window": 2}},
         {"params": {"head_dim": 16, "window": 6, "position": "alibi", "sinks": True, "conv": 3}},
+    ],
+    "xattn": [
+        {"params": {"head_dim": 16}, "around": remembering(group=2)},
+        {"params": {"head_dim": 8, "sinks": True}, "around": remembering(group=1, position="none")},
     ],
 }
 

@@ -31,12 +31,16 @@ def law(fn: Callable[[Case], None]) -> Callable[[Case], None]:
 
 @dataclass(frozen=True)
 class Case:
-    """One block to judge: its name, width and parameters, and a time longer than its window or chunk."""
+    """One block to judge: its name, width and parameters, and a time longer than its window or chunk.
+
+    around: makes a block of it that the laws can judge, for one that cannot stand alone (`xattn`).
+    """
 
     name: str
     dim: int = 32
     params: dict[str, Any] = field(default_factory=dict)
     T: int = 21
+    around: Callable[[Block], Block] | None = None
 
     def __str__(self) -> str:
         return self.name + "".join(f"-{k}={v}" for k, v in self.params.items())
@@ -45,6 +49,7 @@ class Case:
         """The block in eval mode, its parameters shaken, so that no zero initialization hides a path."""
         torch.manual_seed(seed)
         made = make_block(self.name, dim=self.dim, **self.params)
+        made = self.around(made) if self.around else made
         with torch.no_grad():
             for p in made.parameters():
                 spread = p.shape[-1] ** -0.5 if p.dim() > 1 and not p.any() else 0.05

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.autograd import gradcheck
@@ -165,6 +167,7 @@ def state_dict_round_trip(case: Case) -> None:
 def builds_from_dim_alone(case: Case) -> None:
     """dim is enough; every parameter has a default and a plain type; no_decay names own parameters."""
     block = BLOCKS.get(case.name)(64)
+    block = case.around(block) if case.around else block
     y = block(torch.randn(2, 5, 64)).y
     assert y.shape == (2, 5, 64) and torch.isfinite(y).all()
     for name, param in BLOCKS.params(case.name).items():
@@ -188,7 +191,7 @@ def backends_agree(case: Case) -> None:
     if "backend" not in BLOCKS.params(case.name):
         return
     ours = case.build()
-    reference = Case(case.name, case.dim, {**case.params, "backend": "reference"}, case.T).build()
+    reference = replace(case, params={**case.params, "backend": "reference"}).build()
     reference.load_state_dict(ours.state_dict())
     x = case.input(2, case.T).requires_grad_()
     want = reference(x).y

@@ -59,10 +59,8 @@ MISTAKES = {
     "dim: null\nstack: [mlp]": "x.yaml:1:1: missing key 'dim'",
     "dim: 8\nstack: mlp": "x.yaml:2:8 stack: want a list, got 'mlp'",
     "dim: 8\nstack: []": "x.yaml:2:8 stack: is empty: want at least one block",
-    "dim: 8\nstack: [7]": "x.yaml:2:9 stack[0]: want a block, or one of the forms use, repeat, onion, got 7",
-    "dim: 8\nstack: [{as: m}]": (
-        "x.yaml:2:9 stack[0]: want a block, or one of the forms use, repeat, onion, got a mapping"
-    ),
+    "dim: 8\nstack: [7]": "x.yaml:2:9 stack[0]: " + kinds.WANT_NODE + ", got 7",
+    "dim: 8\nstack: [{as: m}]": ("x.yaml:2:9 stack[0]: " + kinds.WANT_NODE + ", got a mapping"),
     "dim: 8\nstack: [gla: {heads: [1]}]": "x.yaml:2:22 stack[0].gla.heads: want int, got a list",
     "dim: 8\nstack: [gla: 8]": "x.yaml:2:14 stack[0].gla: want a mapping of parameters, got 8",
     "dim: 8\nstack: [gla: {drop: a}]": "x.yaml:2:21 stack[0].gla.drop: want float, got 'a'",
@@ -119,7 +117,8 @@ MISTAKES = {
         " see its own token; the outer codes must bypass a shorter shell"
     ),
     f"dim: 8\nstack: [onion: [{SHELL}}}], reading: hole]": (
-        "x.yaml:2:50 stack[1]: no block called 'reading'; known: gla, mlp, onion, pair, repeat, swa, use"
+        "x.yaml:2:50 stack[1]: no block called 'reading'; known: "
+        + ", ".join(sorted(["gla", "mlp", "pair", "swa", *kinds.FORMS]))
     ),
     f"dim: 8\nstack: [{{onion: [{SHELL}}}], reading: hole}}]": (
         "x.yaml:2:60 stack[0].reading: want one of 'split', 'whole', got 'hole'; did you mean 'whole'?"
