@@ -11,7 +11,7 @@ Shape legend: T tokens of a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -73,7 +73,7 @@ class _Counter:
 
     def items(self, items: tuple[Item, ...], T: int) -> None:
         for item in items:
-            module = self.lm.bank[item.module]
+            module: Any = self.lm.bank[item.module]
             if isinstance(item, Visit):
                 self.add(item.site, item.module, module, T, module.cost(T))
             elif isinstance(item, Bracket):
@@ -89,7 +89,7 @@ class _Counter:
     def heads(self, T: int) -> None:
         """Every head reads the same trunk, and multiplies by the same table."""
         trunk = self.live
-        for name, head in self.lm.heads.items():
+        for name, head in self.lm.named_heads():
             self.live = trunk
             cost = head.ffn.cost(T) if head.ffn is not None else Cost()
             logits = 2.0 * self.lm.vocab * self.lm.config.dim * T

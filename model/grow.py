@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from model.items import Bracket, Cross, Fade, Visit
 from model.lm import LanguageModel, residual_outputs
 from model.plan import make_plan
+from model.quant.adapter import Adapter
 from model.schema import Config, ConfigError, OnionNode
 
 
@@ -179,7 +181,7 @@ def _silence_new_parts(lm: LanguageModel, fresh: list[str]) -> None:
     for item in lm.plan.walk():
         if isinstance(item, Fade) and item.residual and item.module in new:
             for adapter in (i for i in item.inner if isinstance(i, Bracket)):
-                lm.bank[adapter.module].zero_exit()
+                cast(Adapter, lm.bank[adapter.module]).zero_exit()
     if _onion(lm.config) is not None or lm.config.grow.how != "zero":
         return
     for name in new:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,7 @@ class LanguageModel(nn.Module):
         out: Output,
     ) -> None:
         total = x.new_zeros((), dtype=torch.float32)
-        for name, head in self.heads.items():
+        for name, head in self.named_heads():
             h = self._head(name, x, run).flatten(0, 1)
             targets = shift_targets(labels, head.shift, docs).flatten()
             w = None if weights is None else shift_weights(weights, head.shift).flatten()
@@ -189,7 +189,7 @@ class LanguageModel(nn.Module):
                 self.embed.output_table(table),
                 shift_targets(tokens, head.shift, docs),
             )
-            for name, head in self.heads.items()
+            for name, head in self.named_heads()
         }
 
     @torch.no_grad()
@@ -198,17 +198,20 @@ class LanguageModel(nn.Module):
     ) -> dict[str, Tensor]:
         """{head: sum of weights of its supervised tokens}, without a forward pass."""
         out = {}
-        for name, head in self.heads.items():
+        for name, head in self.named_heads():
             w = None if weights is None else shift_weights(weights, head.shift)
             out[name] = _count(shift_targets(labels, head.shift, docs), w)
         return out
 
     # -- state
 
+    def named_heads(self) -> list[tuple[str, Head]]:
+        return [(name, cast(Head, head)) for name, head in self.heads.items()]
+
     @property
     def output_head(self) -> str:
         """The head that generates: the first that predicts the next token, else the first."""
-        for name, head in self.heads.items():
+        for name, head in self.named_heads():
             if head.shift == 1:
                 return name
         return next(iter(self.heads))
@@ -218,10 +221,10 @@ class LanguageModel(nn.Module):
         like = torch.empty((), device=self.embed.weight.device, dtype=dtype or torch.float32)
         states: States = {}
         for item in self.plan.walk():
-            module = self.bank[item.module]
+            module: Any = self.bank[item.module]
             if isinstance(item, Visit | Cross) or (isinstance(item, Bracket) and not item.turned):
                 states[item.site] = module.init_state(batch, like, capacity)
-        for name, head in self.heads.items():
+        for name, head in self.named_heads():
             states[f"heads.{name}"] = head.init_state(batch, like, capacity)
         return states
 
