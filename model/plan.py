@@ -17,6 +17,7 @@ from model.schema import (
     Config,
     ConfigError,
     MemorySpec,
+    MirrorNode,
     Node,
     OnionNode,
     RepeatNode,
@@ -92,6 +93,8 @@ class _Builder:
                 out.extend(self._use(node, dim, at))
             elif isinstance(node, RepeatNode):
                 out.extend(self._repeat(node, dim, at))
+            elif isinstance(node, MirrorNode):
+                out.extend(self._tied(node.mirror, 2, "cycle_rev", dim, at))
             elif isinstance(node, OnionNode):
                 out.extend(self._onion(node, dim))
             elif isinstance(node, YocoNode):
@@ -130,10 +133,30 @@ class _Builder:
         if node.repeat < 1:
             self.errors.append(f"{node.mark}: repeat: {node.repeat}: want at least 1")
             return []
-        first = self.nodes(node.of, dim, at)
-        out = list(first)
-        for _ in range(node.repeat - 1):
-            out.extend(self._again(first) if node.tied else self.nodes(node.of, dim, at))
+        if node.tied:
+            return self._tied(node.of, node.repeat, node.order, dim, at)
+        return [item for _ in range(node.repeat) for item in self.nodes(node.of, dim, at)]
+
+    def _tied(self, nodes: list[Node], times: int, order: str, dim: int, at: _Place) -> list[Item]:
+        """Every unit of a list `times` times: an entry, or a round of an entry that is an untied repeat."""
+        units: list[tuple[Item, ...]] = []
+        for node in nodes:
+            if isinstance(node, RepeatNode) and not node.tied:
+                units.extend(self.nodes(node.of, dim, at) for _ in range(node.repeat))
+            else:
+                units.append(self.nodes([node], dim, at))
+        once = range(len(units))
+        if order == "sequence":
+            visits = [i for i in once for _ in range(times)]
+        else:
+            visits = [*once] * times
+            if order == "cycle_rev" and times > 1:
+                visits[-len(units) :] = reversed(once)
+        out: list[Item] = []
+        seen: set[int] = set()
+        for i in visits:
+            out.extend(self._again(units[i]) if i in seen else units[i])
+            seen.add(i)
         return out
 
     def _again(self, items: tuple[Item, ...], rename: tuple[str, str] | None = None) -> tuple[Item, ...]:

@@ -69,11 +69,31 @@ class UseNode:
 
 @dataclass(frozen=True)
 class RepeatNode:
-    """`{repeat: 6, of: [...]}`: the list n times; fresh weights each time unless `tied`."""
+    """`{repeat: 6, of: [...]}`: the list n times; fresh weights each time unless `tied`.
+
+    order: of the visits of tied weights (Takase & Kiyono, arXiv 2104.06022), here of A B three times:
+           cycle      A B A B A B
+           sequence   A A A B B B
+           cycle_rev  A B A B B A
+           A and B are the entries of the list, or the rounds of an entry that is an untied `repeat` itself.
+    """
 
     repeat: int
     of: list[Node]
     tied: bool = False
+    order: Literal["cycle", "sequence", "cycle_rev"] = "cycle"
+    mark: Mark = _mark()
+
+
+@dataclass(frozen=True)
+class MirrorNode:
+    """`{mirror: [a, b, c]}`: a b c c b a, the way back with the weights of the way in.
+
+    The same as `{repeat: 2, tied: true, order: cycle_rev, of: [a, b, c]}`; see there for what is one of
+    a, b, c. A sandwich, whose first and last layers are free, is `[first, {mirror: [...]}, last]`.
+    """
+
+    mirror: list[Node]
     mark: Mark = _mark()
 
 
@@ -181,7 +201,7 @@ class YocoNode:
     mark: Mark = _mark()
 
 
-Node = BlockNode | UseNode | RepeatNode | OnionNode | YocoNode
+Node = BlockNode | UseNode | RepeatNode | MirrorNode | OnionNode | YocoNode
 
 
 # ----------------------------------------------------------------------------- architecture

@@ -69,6 +69,13 @@ def _optim(v: Values) -> Found:
 def _repeat(v: Values) -> Found:
     if v.get("of") == []:
         yield "of", "is empty: nothing to repeat"
+    if v.get("order", "cycle") != "cycle" and not v.get("tied", True):
+        yield "order", f"{v['order']} is an order of shared weights: add `tied: true`"
+
+
+def _mirror(v: Values) -> Found:
+    if v.get("mirror") == []:
+        yield "mirror", "is empty: nothing to mirror"
 
 
 def _yoco(v: Values) -> Found:
@@ -100,6 +107,7 @@ _CHECKS: dict[type, Callable[[Values], Found]] = {
     schema.RunConfig: _run,
     schema.OptimConfig: _optim,
     schema.RepeatNode: _repeat,
+    schema.MirrorNode: _mirror,
     schema.YocoSpec: _yoco,
     schema.ShellNode: _shell,
     schema.OnionNode: _onion,
