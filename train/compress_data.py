@@ -102,8 +102,8 @@ def read(source: str, tokenizer: Any, how: Reading) -> tuple[list[Example], list
     cut = max(1, round(len(rows) * how.heldout))
     if len(rows) < 2:
         raise UserError(
-            f"{source}: {len(rows)} usable examples ({dropped} were too long); at least 2 are needed. Give more "
-            f"text, or shorter --context ({how.context}) and --target ({how.target})"
+            f"{source}: {len(rows)} usable examples ({dropped} were too long); at least 2 are needed. "
+            f"Give more text, or shorter --context ({how.context}) and --target ({how.target})"
         )
     return rows[cut:], rows[:cut], dropped
 
@@ -223,9 +223,9 @@ def generate(source: str, samples: int, seed: int) -> Iterator[dict[str, str]]:
     if kind == "wordnet":
         yield from wordnet(Path(where), samples, rng)
         return
-    make = {"passkey": passkey, "recall": recall, "arithmetic": arithmetic}[kind]
+    makers: dict[str, Any] = {"passkey": passkey, "recall": recall, "arithmetic": arithmetic}
     for _ in range(samples):
-        yield make(rng)
+        yield makers[kind](rng)
 
 
 def passkey(rng: random.Random, lines: int = 12, depth: float | None = None) -> dict[str, str]:

@@ -33,9 +33,13 @@ from train.world import World, autocast, seed_step
 
 @dataclass(frozen=True)
 class Settings:
-    """batch: examples per step over all ranks.  micro: per forward pass.
-    objective: lm | ae | qa | distill | document (segments of the whole text, AutoCompressors) | through (the
-    text itself, clusters in quality mode).  warmup: share of the steps.  clip: norm of the gradient.  learning_rate None: the method's own."""
+    """What a run does.
+
+    batch: examples per step over all ranks.  micro: per forward pass.  warmup: share of the steps.
+    objective: lm | ae | qa | distill | document (all segments of a text, AutoCompressors) | through (the text
+    itself, clusters in quality mode).
+    clip: norm of the gradient.  learning_rate None: the method's own.  generate_tokens: of every sample.
+    """
 
     steps: int = 500
     batch: int = 8

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, LlamaConfig
 from transformers.cache_utils import Cache, DynamicLayer, Fp8QuantizedLayer, StaticLayer
 
 from model.compress.context import CompressedContext, LayerSlots, tight
@@ -375,6 +375,16 @@ def load_decoder(name: str | Path, folder: str | Path = "models", dtype: torch.d
     `folder`)."""
     path = _packaged(folder) if str(name) == PACKAGED else name
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+def new_llama(vocab: int, *, width: int, layers: int, heads: int, kv_heads: int, positions: int) -> Any:
+    """A fresh small Llama, tied, fp32: a decoder to pretrain for experiments."""
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, intermediate_size=width * 8 // 3, max_position_embeddings=positions,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
 
 
 def load_in_bits(name: str | Path, bits: int) -> Any:

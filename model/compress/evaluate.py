@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -244,7 +245,7 @@ class Cost:
 def cost(
     compressor: ContextCompressor, batch: Any, new_tokens: int = 8, rounds: int = 3, **asked: Any
 ) -> Cost:
-    """Time to compress, to the first token, and per token, after a compressed and after a full context in turn."""
+    """Time to compress, to the first token, and per token, after compressed and full contexts in turn."""
     c = compressor
     full = c.full_context(*pack(batch.context, batch.context_mask))
     times: dict[str, list[float]] = {}
@@ -270,8 +271,8 @@ def cost(
         context = timed("compress", lambda: c.compress(batch.context, batch.context_mask, **asked))
         lowered = replace_layers(c, context)
         for name, given in (("slots", lowered), ("full", full)):
-            timed(f"{name}_1", lambda given=given: write(given, 1))
-            timed(f"{name}_n", lambda given=given: write(given, 1 + new_tokens))
+            timed(f"{name}_1", partial(write, given, 1))
+            timed(f"{name}_n", partial(write, given, 1 + new_tokens))
     t = {k: sorted(v[1:])[len(v[1:]) // 2] for k, v in times.items()}  # the first round warms up
     per = {k: max(t[f"{k}_n"] - t[f"{k}_1"], 1e-9) / new_tokens for k in ("slots", "full")}
     saved = t["full_1"] - t["slots_1"]

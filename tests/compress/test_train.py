@@ -17,10 +17,24 @@ from train.compress import main
 SMALL = {
     "condense": ["--num_condense_tokens", "4", "--lora_rank", "2"],
     "autocompressor": ["--summary_length", "2", "--lora_rank", "2", "--objective", "document"],
-    "variable_autocompressor": ["--compression_max_len", "2", "--objective", "document", "--randomize_substeps"],
+    "variable_autocompressor": [
+        "--compression_max_len",
+        "2",
+        "--objective",
+        "document",
+        "--randomize_substeps",
+    ],
     "pairs": ["--T_w", "4", "--r", "0.2", "--hidden_dim", "8"],
-    "clusters": ["--similarity_threshold", "0.2", "--use_residuals", "--adaptive_threshold", "--contrastive_weight", "0.1", "--freeze_base"],
-}  # fmt: skip
+    "clusters": [
+        "--similarity_threshold",
+        "0.2",
+        "--use_residuals",
+        "--adaptive_threshold",
+        "--contrastive_weight",
+        "0.1",
+        "--freeze_base",
+    ],
+}
 
 
 @pytest.fixture
@@ -39,12 +53,34 @@ def place(tmp_path):
 
 def command(place, method, run, *more):
     return [
-        "--method", method, "--model_name", str(place / "decoder"), "--data_path", str(place / "text.txt"),
-        "--output_dir", str(place / run),
-        *["--context", "16", "--target", "6", "--batch_size", "4", "--micro", "2", "--steps", "4", "--eval_steps", "2", "--save_steps", "2"],
+        "--method",
+        method,
+        "--model_name",
+        str(place / "decoder"),
+        "--data_path",
+        str(place / "text.txt"),
+        "--output_dir",
+        str(place / run),
+        *[
+            "--context",
+            "16",
+            "--target",
+            "6",
+            "--batch_size",
+            "4",
+            "--micro",
+            "2",
+            "--steps",
+            "4",
+            "--eval_steps",
+            "2",
+            "--save_steps",
+            "2",
+        ],
         *["--eval_examples", "4", "--generate_tokens", "3"],
-        *SMALL[method], *more,
-    ]  # fmt: skip
+        *SMALL[method],
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("method", SMALL)

@@ -1,0 +1,1 @@
+"""Questions about context compression, and their measured answers."""
