@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,15 +54,31 @@ stack:
 """
 
 
-@pytest.fixture(scope="session")
-def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_texts(folder: Path) -> None:
     """60 small documents of words, so that rows of 32 bytes hold several."""
     rng = np.random.default_rng(0)
-    folder = tmp_path_factory.mktemp("text")
     words = ["def", "return", "self", "yield", "x = 1\n", "naïve", "for i in range(n):\n    "]
     for i in range(60):
         (folder / f"{i:03d}.txt").write_text(" ".join(rng.choice(words, int(rng.integers(2, 60)))))
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    write_texts(folder)
     return folder
+
+
+MIXED = """
+extends: tiny.yaml
+defaults:
+  mamba2: {state: 8, head_dim: 16}
+  swa: {head_dim: 16, group: 1, window: 8}
+stack:
+  - onion:
+      - {name: s1, body: [samba], to: 16, quant: int8, frozen: true}
+      - {name: s2, body: [samba], to: 16, quant: {fsq: {levels: 8}}}
+"""
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +92,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Path:
 def place(tmp_path: Path) -> Path:
     """A working folder with the tiny architectures in it."""
     (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "mixed.yaml").write_text(MIXED)
     (tmp_path / "small1.yaml").write_text(ONION)
     (tmp_path / "small2.yaml").write_text(ONION2)
     return tmp_path
@@ -141,14 +159,22 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def command(
-    *words: object, cwd: Path, ranks: int = 0, timeout: float = 120
+    *words: object, cwd: Path, ranks: int = 0, timeout: float = 400
 ) -> subprocess.CompletedProcess[str]:
     """Run `train/pretrain.py` as a user would; ranks > 0: under torchrun."""
     launcher = [sys.executable]
     if ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     full = [*launcher, str(PRETRAIN), *map(str, words)]
-    return subprocess.run(full, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(full, cwd=cwd, env=environment(), start_new_session=True, **pipes)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # torchrun passes it on to its workers
+        out, err = process.communicate(timeout=60)
+        pytest.fail(f"{full} did not end in {timeout} s:\n{out}\n{err}")
+    return subprocess.CompletedProcess(full, process.returncode, out, err)
 
 
 def environment() -> dict[str, str]:

@@ -273,16 +273,20 @@ def test_a_signal_saves_and_ends(here, data, number, code) -> None:
 
 def test_two_ranks_equal_one(here, data) -> None:
     """20 fp32 steps at the same global batch, under torchrun on gloo: relative 1e-5."""
-    sets = ("--set", "run.steps=20", "--set", "optim.lr=1e-3")
-    assert run("--arch", "tiny.yaml", "--data", data, "--run", "one", *sets) == 0
-    done = command("--arch", "tiny.yaml", "--data", data, "--run-dir", "two", *sets, cwd=here, ranks=2)
+    archs = ("tiny", "mixed")
+    words: list[object] = ["--data", data, "--set", "run.steps=20", "--set", "optim.lr=1e-3"]
+    for arch in archs:
+        words += ["--arch", f"{arch}.yaml"]
+    assert run(*words, "--run", "one") == 0
+    done = command(*words, "--run-dir", "two", cwd=here, ranks=2)
     assert done.returncode == 0, done.stderr
-    one, two = (checkpoint.load(checkpoint.saved(here / n)[0]).model for n in ("one", "two"))
-    for name, value in one.items():
-        error = (two[name] - value).norm() / value.norm().clamp_min(1e-12)
-        assert error < 1e-5, (name, float(error))
-    logged = [[r["loss"] for r in read(here / n) if r["kind"] == "eval"] for n in ("one", "two")]
-    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
+    for arch in archs:
+        one, two = (checkpoint.load(checkpoint.saved(here / n / arch)[0]).model for n in ("one", "two"))
+        for name, value in one.items():
+            error = (two[name] - value).norm() / value.norm().clamp_min(1e-12)
+            assert error < 1e-5, (arch, name, float(error))
+        logged = [[r["loss"] for r in read(here / n / arch) if r["kind"] == "eval"] for n in ("one", "two")]
+        assert logged[0] == pytest.approx(logged[1], rel=1e-5)
 
 
 def test_user_errors_under_torchrun_end_every_rank(here, data) -> None:
