@@ -287,17 +287,8 @@ def _backward(
     inter = (cg @ starts).transpose(2, 3).reshape(B, C, Q, H, P)
     dL = (headed * inter).sum(-1, dtype=wide)  # [B, C, Q, H]
 
-    # chunk to chunk: S_i = sum_j carry_ij U_j + init_i state
-    dstarts = _by_head(cg.mT @ dyg, R)  # [B, H, C, N*P]
-    dadded = d.carry[:, :, :C].mT.to(x.dtype) @ dstarts
-    dstate = None
-    if state_dtype is not None:
-        dstate = (d.init[:, :, None, :C] @ dstarts.to(wide)).view(B, H, N, P)
-    if dlast is not None:
-        flat = dlast.reshape(B, H, 1, N * P)
-        dadded = dadded + (d.carry[:, :, C, :, None] * flat).to(x.dtype)
-        if dstate is not None:
-            dstate = dstate + d.init[:, :, C, None, None] * dlast
+    # chunk to chunk
+    dadded, dstate = _carry_backward(_by_head(cg.mT @ dyg, R), dlast, d, state_dtype, (N, P))
     dadded = _by_chunk(dadded, R, N)
     kept = (dadded * starts).view(B, C, G, N, R, P).sum((3, 5), dtype=wide).flatten(2)
 
@@ -308,17 +299,10 @@ def _backward(
     dL -= into
     dtotal = (into.sum(2) + d.through * kept)[:, :, None]  # [B, C, 1, H]
 
-    # intra: y += (intra * scores) x
-    scores = (cg @ bg.mT)[:, :, :, None]
-    dyh = _per_head(dy, C)
-    dweights = (dyh @ _per_head(x, C).mT).unflatten(2, (G, R))
-    dscaled = dweights * d.intra.unflatten(2, (G, R))  # [B, C, G, R, Q, Q]
-    dscores = dscaled.sum(3)
-    dD = (dscaled * scores).flatten(2, 3)  # gradient of L_i - L_j
-    dL += (dD.sum(-1, dtype=wide) - dD.sum(-2, dtype=wide)).transpose(2, 3)
-    weights = (d.intra.unflatten(2, (G, R)) * scores).flatten(2, 3)
-    dx = dx + (weights.mT @ dyh).transpose(2, 3)
-    dc, db = dc + dscores @ bg, db + dscores.mT @ cg
+    dx_intra, dL_intra, db_intra, dc_intra = _intra_backward(
+        _per_head(x, C), bg, cg, _per_head(dy, C), d, wide
+    )
+    dx, dL, db, dc = dx + dx_intra, dL + dL_intra, db + db_intra, dc + dc_intra
 
     # L and the total are sums of log_a
     if layout.docs is None:
@@ -326,6 +310,48 @@ def _backward(
     else:
         dlog_a = _sum_in_runs(dL.flip(2), layout.docs.segments.flip(2)).flip(2) + dtotal * layout.docs.tail
     db, dc = (t.transpose(2, 3).reshape(B, T, G, N) for t in (db, dc))
-    if dstate is not None:
-        dstate = dstate.to(state_dtype)
     return dx.reshape(B, T, H, P), dlog_a.reshape(B, T, H), db, dc, dstate
+
+
+def _carry_backward(
+    dstarts: Tensor,
+    dlast: Tensor | None,
+    d: _Decays,
+    state_dtype: torch.dtype | None,
+    shape: tuple[int, int],
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of what the chunks add and of the state through S_i = sum_j carry_ij U_j + init_i state.
+
+    dstarts: [B, H, C, N*P].  dlast: [B, H, N, P].  shape: (N, P).  Returns dU, like dstarts, and dstate.
+    """
+    B, H, C, _ = dstarts.shape
+    dadded = d.carry[:, :, :C].mT.to(dstarts.dtype) @ dstarts
+    if dlast is not None:
+        last = d.carry[:, :, C, :, None] * dlast.reshape(B, H, 1, -1)
+        dadded = dadded + last.to(dstarts.dtype)
+    if state_dtype is None:
+        return dadded, None
+    dstate = (d.init[:, :, None, :C] @ dstarts.to(d.init.dtype)).view(B, H, *shape)
+    if dlast is not None:
+        dstate = dstate + d.init[:, :, C, None, None] * dlast
+    return dadded, dstate.to(state_dtype)
+
+
+def _intra_backward(
+    x: Tensor, b: Tensor, c: Tensor, dy: Tensor, d: _Decays, wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, L, b and c through y_i = sum_{j<=i} intra_ij (c_i . b_j) x_j.
+
+    x, dy: [B, C, H, Q, P].  b, c: [B, C, G, Q, N].
+    Returns [B, C, Q, H, P], [B, C, Q, H] and twice b's shape.
+    """
+    G = b.shape[2]
+    scores = (c @ b.mT)[:, :, :, None]  # [B, C, G, 1, Q, Q]
+    intra = d.intra.unflatten(2, (G, -1))  # [B, C, G, R, Q, Q]
+    dscaled = (dy @ x.mT).unflatten(2, (G, -1)) * intra
+    dscores = dscaled.sum(3)
+    dD = (dscaled * scores).flatten(2, 3)  # gradient of L_i - L_j
+    dL = (dD.sum(-1, dtype=wide) - dD.sum(-2, dtype=wide)).transpose(2, 3)
+    weights = (intra * scores).flatten(2, 3)
+    dx = (weights.mT @ dy).transpose(2, 3)
+    return dx, dL, dscores.mT @ c, dscores @ b
