@@ -1,7 +1,7 @@
 """Score a saved compressor: `python train/compress_eval.py --compressor RUN/best --decoder PATH --data FILE`.
 
-Prints one JSON object: nats per token without, with the compressed and with the whole context, R, bytes. `--mode FA`
-scores full attention alone and needs no compressor.
+Prints one JSON object: nats per token without, with the compressed and with the whole context, R, and bytes.
+`--mode FA` scores full attention alone and needs no compressor.
 """
 
 from __future__ import annotations

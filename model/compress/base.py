@@ -9,7 +9,7 @@ the left first, so a method only ever sees rows that begin at column 0.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -179,9 +179,17 @@ class ContextCompressor(Saved):
     # ------------------------------------------------------------------ reading
 
     def decode(
-        self, context: CompressedContext | None, input_ids: Tensor, attention_mask: Tensor | None = None
+        self,
+        context: CompressedContext | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        adapted: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits [B, T, V] of text after a context, and [B, V] at the last slot (embeds only, else None)."""
+        """Logits [B, T, V] of text after a context, and [B, V] at the last slot (embeds only, else None).
+
+        adapted: False leaves out the method's adapter of the decoder, where it has one.
+        """
+        adapters = self.reading if adapted else nullcontext
         mask = checked_mask(input_ids, attention_mask, self.decoder.config.pad_token_id, "decode")
         B, T = input_ids.shape
         start = torch.zeros(B, dtype=torch.int64, device=input_ids.device)
@@ -202,16 +210,14 @@ class ContextCompressor(Saved):
             h = self.decoder.stem(torch.cat([context.embeds.to(embeds.dtype), embeds], 1), positions)
             keys = torch.cat([context.slot_mask, mask], 1)
             h = self.decoder.run(
-                h, positions, keys, bias=bias, checkpoint=checkpoint, adapters=self.reading
+                h, positions, keys, bias=bias, checkpoint=checkpoint, adapters=adapters
             ).hidden
             last = (context.slot_mask * torch.arange(1, S + 1, device=h.device)).argmax(1)
             first = self.decoder.head(h[torch.arange(B, device=h.device), last])
             return self.decoder.head(h[:, S:]), first
         past = None if context is None else context.layers
         h = self.decoder.stem(embeds, positions)
-        h = self.decoder.run(
-            h, positions, mask, past=past, checkpoint=checkpoint, adapters=self.reading
-        ).hidden
+        h = self.decoder.run(h, positions, mask, past=past, checkpoint=checkpoint, adapters=adapters).hidden
         return self.decoder.head(h), None
 
     def forward(
@@ -258,7 +264,7 @@ class ContextCompressor(Saved):
     def _distill(self, context_ids, context_mask, input_ids, mask, logits) -> Tensor:
         with torch.no_grad():
             whole = checked_mask(context_ids, context_mask, self.decoder.config.pad_token_id, "compress")
-            teacher, _ = self.decode(self.full_context(*pack(context_ids, whole)), input_ids, mask)
+            teacher, _ = self.decode(self.full_context(*pack(context_ids, whole)), input_ids, mask, False)
         student = logits.float().log_softmax(-1)
         kl = (teacher.float().softmax(-1) * (teacher.float().log_softmax(-1) - student)).sum(-1)
         return (kl * mask).sum() / mask.sum().clamp_min(1)

@@ -91,7 +91,8 @@ def losses_of(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Summed nats [B] of every variant, and scored tokens [B].
 
-    variants: none, full, compressed, shuffled (another row's slots), random (slots of noise).
+    variants: none and full (the decoder as it was), compressed, adapted_none (no context, but with whatever
+    the method changed in the decoder), shuffled (another row's slots), random (slots of noise).
     asked: ratio or budget for `compress`.
     """
     labels = batch.labels.clone()
@@ -101,7 +102,7 @@ def losses_of(
     out = {}
     for variant in variants:
         given: CompressedContext | None = context
-        if variant == "none":
+        if variant in ("none", "adapted_none"):
             given = None
         elif variant == "full":
             given = compressor.full_context(*pack(batch.context, batch.context_mask))
@@ -111,7 +112,8 @@ def losses_of(
         elif variant == "random":
             assert context is not None
             given = random_like(context, torch.Generator().manual_seed(0))
-        logits, _ = compressor.decode(given, batch.text, batch.text_mask)
+        adapted = variant not in ("none", "full")
+        logits, _ = compressor.decode(given, batch.text, batch.text_mask, adapted)
         out[variant] = token_losses(logits, labels).sum(1).cpu()
     return out, labels.ne(-100).sum(1).cpu()
 
@@ -120,7 +122,7 @@ def losses_of(
 def score(
     compressor: ContextCompressor,
     batches: Iterable[Any],
-    variants: Sequence[str] = ("none", "full", "compressed", "shuffled", "random"),
+    variants: Sequence[str] = ("none", "full", "compressed", "adapted_none", "shuffled", "random"),
     **asked: Any,
 ) -> Score:
     """Losses of every variant over all batches, with the bytes that the caches really take."""

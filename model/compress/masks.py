@@ -13,11 +13,16 @@ from torch import Tensor, nn
 from model.compress.context import LayerSlots
 
 
+def lowest(dtype: torch.dtype) -> float:
+    """The most negative score that stays finite when autocast rounds it to bf16."""
+    return max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
+
+
 def attention_mask(h: Tensor, mask: Tensor, bias: Tensor | None, slots: LayerSlots | None) -> Tensor:
     """Additive scores [B, 1, T, S+T]: slots for everybody, then the text, causal; masked keys get the lowest
     float."""
     B, T = mask.shape
-    low = torch.finfo(h.dtype).min
+    low = lowest(h.dtype)
     seen = mask[:, None, :] & torch.ones(T, T, dtype=torch.bool, device=h.device).tril()
     text = h.new_zeros(B, 1, T) if bias is None else bias.to(h.dtype)[:, None, :]
     parts = [torch.where(seen, text, low)]
@@ -52,7 +57,7 @@ def mask_hook(i: int, config: Any):
         if capacity > 0:
             visible = nn.functional.pad(visible, (0, capacity - visible.shape[-1]))
         if config._attn_implementation == "eager":
-            low = torch.finfo(hidden.dtype).min
+            low = lowest(hidden.dtype)
             visible = torch.zeros_like(visible, dtype=hidden.dtype).masked_fill(~visible, low)
         return args, {**kwargs, "attention_mask": visible}
 

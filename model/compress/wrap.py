@@ -60,12 +60,16 @@ def load_compressor(path: str | Path, base_model: Any = None) -> ContextCompress
         if not described["base"]:
             raise ValueError(f"{folder} does not name its base decoder; pass base_model")
         base_model = load_decoder(described["base"])
-    made = wrap(base_model, {"method": described["method"], **described["config"]})
-    here = made.description()
-    for key in ("fingerprint", "encoder_fingerprint"):
-        if described.get(key) != here.get(key):
-            raise ValueError(
-                f"{folder} was trained on another decoder: {key} {described.get(key)}, here {here.get(key)}"
-            )
+    decoder = base_model if isinstance(base_model, Decoder) else Decoder(base_model)
+    _same(
+        folder, "fingerprint", described, decoder.fingerprint
+    )  # before building: options may not fit another
+    made = wrap(decoder, {"method": described["method"], **described["config"]})
+    _same(folder, "encoder_fingerprint", described, made.description().get("encoder_fingerprint"))
     made.load_state_dict(load_file(str(folder / "adapter_model.safetensors")), strict=True)
     return made.eval()
+
+
+def _same(folder: Path, key: str, described: Mapping[str, Any], here: str | None) -> None:
+    if described.get(key) != here:
+        raise ValueError(f"{folder} was trained on another decoder: {key} {described.get(key)}, here {here}")

@@ -164,3 +164,33 @@ def test_bad_sources_are_named(tmp_path):
     ):
         with pytest.raises(UserError, match=word):
             data.read(source, Letters(), how)
+
+
+# ------------------------------------------------------------------ beside the scoreboard
+
+
+def test_requests_of_the_harness(llama):
+    """A likelihood is that of the tokens after the kept tail; without compression it is the decoder's own."""
+    from experiments.compression.lm_eval_adapter import Requests
+
+    full, pooled = (Requests(wrap(llama, m), Letters(), keep=2) for m in ("full", "mean_pool"))
+    nats, greedy = full.score("abcdefgh", "ij")
+    ids = torch.tensor([Letters().encode("abcdefghij")])
+    logp = llama(ids).logits.log_softmax(-1)
+    want = logp[0, 7, ids[0, 8]] + logp[0, 8, ids[0, 9]]
+    assert nats == pytest.approx(want.item(), abs=1e-4) and isinstance(greedy, bool)
+    assert pooled.score("abcdefgh", "ij")[0] != pytest.approx(nats, abs=1e-4)
+    assert full.score("", "ab")[0] < 0
+    text = full.write("abcdefgh", [], 3)
+    assert len(text) == 3 and full.write("abcdefgh", [text[1]], 3) == text[0]
+
+
+def test_cluster_plots(tmp_path, llama):
+    from experiments.compression.cluster_plots import draw, measure
+
+    c = wrap(llama, "clusters", importance=False, contrastive_weight=0.0, similarity_threshold=0.2)
+    found = measure(c, batch([24])[0])
+    counted = c.compress(batch([24])[0]).slot_counts[-1]
+    assert found[0]["ratio"] == pytest.approx(24 / int(counted))
+    draw(found, tmp_path / "c.png")
+    assert (tmp_path / "c.png").stat().st_size > 1000

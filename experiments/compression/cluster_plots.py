@@ -1,0 +1,103 @@
+"""Pictures of what clustering does to a text: `python -m experiments.compression.cluster_plots FOLDER ...`.
+
+Four panels in one PNG: ratio per layer, threshold per token, histogram of best similarities, and a 2-D map of
+the states coloured by cluster (the first two principal components).
+
+Shape legend: T time  D hidden width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.compress import clustering as ops
+from model.compress import load_compressor, load_decoder, load_tokenizer, wrap
+from model.compress.clusters import ClusterLayer, Clusters
+
+
+@torch.no_grad()
+def measure(c: Clusters, ids: torch.Tensor) -> list[dict[str, Any]]:
+    """For each clustered layer of a row [1, T]: layer, ratio, tau [T], best [T-1], member [T], map [T, 2]."""
+    mask, out, begin = torch.ones_like(ids, dtype=torch.bool), [], 0
+    positions = torch.arange(ids.shape[1])[None]
+    h = c.decoder.stem(c.decoder.embed(ids), positions)
+    for i in c.config.layer_idx:
+        h = c.decoder.run(h, positions, mask, start=begin, stop=i + 1).hidden
+        layer = c.layers[str(i)]
+        assert isinstance(layer, ClusterLayer)
+        made = layer(h, mask, ids)
+        s = ops.similarity(h, None, 0.0, c.config.position_reach)
+        T = ids.shape[1]
+        earlier = torch.ones(T, T, dtype=torch.bool).tril(-1)
+        best = s[0].masked_fill(~earlier, -1).amax(-1)[1:]
+        centred = h[0] - h[0].mean(0)
+        flat = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
+        out.append(
+            {
+                "layer": i, "ratio": T / int(made.shown.sum()), "tau": layer.thresholds(h, s, mask)[0],
+                "best": best, "member": made.member[0], "map": flat,
+            }
+        )  # fmt: skip
+        h, begin = made.rebuilt, i + 1
+    return out
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8))
+    axes[0, 0].bar([str(f["layer"]) for f in found], [f["ratio"] for f in found])
+    axes[0, 0].set(xlabel="layer", ylabel="tokens per cluster")
+    for f in found:
+        axes[0, 1].plot(f["tau"], label=f"layer {f['layer']}")
+        axes[1, 0].hist(f["best"].numpy(), bins=40, alpha=0.6, label=f"layer {f['layer']}")
+    axes[0, 1].set(xlabel="token", ylabel="threshold")
+    axes[1, 0].set(xlabel="similarity to the closest earlier token", ylabel="tokens")
+    last = found[-1]
+    axes[1, 1].scatter(last["map"][:, 0], last["map"][:, 1], c=last["member"], cmap="tab20", s=12)
+    axes[1, 1].set(xlabel="first component", ylabel=f"second component, layer {last['layer']}")
+    axes[0, 1].legend()
+    axes[1, 0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("compressor", nargs="?", type=Path, help="a saved clusters compressor; none: post hoc")
+    p.add_argument("--decoder", default="smollm2-135m-instruct")
+    p.add_argument("--text", type=Path, required=True, help="a text file")
+    p.add_argument("--tokens", type=int, default=256)
+    p.add_argument("--compression_layers", type=int, default=3)
+    p.add_argument("--similarity_threshold", type=float, default=0.85)
+    p.add_argument("--out", type=Path, default=Path("clusters.png"))
+    args = p.parse_args(argv)
+    model, tokenizer = load_decoder(args.decoder), load_tokenizer(args.decoder)
+    if args.compressor is None:
+        c = wrap(
+            model, "clusters", importance=False, contrastive_weight=0.0,
+            compression_layers=args.compression_layers, similarity_threshold=args.similarity_threshold,
+        )  # fmt: skip
+    else:
+        c = load_compressor(args.compressor, model)
+    if not isinstance(c, Clusters):
+        p.error(f"{args.compressor} holds a {c.registered_name}, not clusters")
+    ids = torch.tensor([tokenizer.encode(args.text.read_text())[: args.tokens]])
+    found = measure(c, ids)
+    draw(found, args.out)
+    for f in found:
+        print(f"layer {f['layer']}: {f['ratio']:.2f} tokens per cluster")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

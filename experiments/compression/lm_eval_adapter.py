@@ -1,0 +1,85 @@
+"""lm-evaluation-harness over a compressed decoder: only a context's last tokens stay as they are.
+
+    from experiments.compression.lm_eval_adapter import harness_model
+    lm_eval.simple_evaluate(model=harness_model(compressor, tokenizer, keep=32, ratio=4.0), tasks=[...])
+
+`Requests` does the work and knows nothing of the harness, which is only imported by `harness_model`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from model.compress.base import ContextCompressor
+from model.compress.rows import token_losses
+
+
+class Requests:
+    """keep: tokens before a continuation that are never compressed (1 or more).  asked: ratio or budget."""
+
+    def __init__(self, compressor: ContextCompressor, tokenizer: Any, keep: int = 32, **asked: Any) -> None:
+        if keep < 1:
+            raise ValueError(f"keep={keep}: at least the last token before a continuation must stay")
+        self.c, self.tokenizer, self.keep, self.asked = compressor.eval(), tokenizer, keep, asked
+
+    def _split(self, ids: list[int]) -> tuple[Any, list[int]]:
+        """The compressed head of a context, or None where it is too short to have one, and its tail."""
+        head, tail = ids[: -self.keep], ids[-self.keep :]
+        return (self.c.compress(torch.tensor([head]), **self.asked) if head else None), tail
+
+    @torch.no_grad()
+    def score(self, context: str, continuation: str) -> tuple[float, bool]:
+        """Log-likelihood of the continuation in nats, and whether it is what greedy decoding would write."""
+        before = self.tokenizer.encode(context) if context else []
+        wanted = self.tokenizer.encode(continuation)
+        if not before:
+            before = [self.c.decoder.config.bos_token_id or self.c.decoder.config.eos_token_id or 0]
+        kept, tail = self._split(before)
+        ids = torch.tensor([tail + wanted])
+        logits, _ = self.c.decode(kept, ids)
+        labels = ids.clone()
+        labels[:, : len(tail)] = -100
+        nll = token_losses(logits, labels)
+        greedy = logits[0, len(tail) - 1 : -1].argmax(-1).tolist() == wanted
+        return -float(nll.sum()), greedy
+
+    @torch.no_grad()
+    def write(self, context: str, until: list[str], max_new_tokens: int) -> str:
+        """Greedy continuation, cut before the first of `until`."""
+        kept, tail = self._split(self.tokenizer.encode(context))
+        made = self.c.generate(
+            torch.tensor([tail]), kept, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
+        )
+        text = self.tokenizer.decode(made[0, len(tail) :].tolist(), skip_special_tokens=True)
+        for stop in until:
+            text = text.split(stop)[0] if stop else text
+        return text
+
+
+def harness_model(compressor: ContextCompressor, tokenizer: Any, keep: int = 32, **asked: Any) -> Any:
+    """An `lm_eval.api.model.LM`. Raises ImportError, naming the package, where lm-eval is not installed."""
+    try:
+        from lm_eval.api.model import LM
+    except ImportError:
+        raise ImportError("the harness is the package lm-eval: pip install lm-eval") from None
+    requests = Requests(compressor, tokenizer, keep, **asked)
+
+    class CompressedLM(LM):
+        def loglikelihood(self, requests_: Any, **_: Any) -> list[tuple[float, bool]]:
+            return [requests.score(*r.args) for r in requests_]
+
+        def loglikelihood_rolling(self, requests_: Any, **_: Any) -> list[float]:
+            return [requests.score("", r.args[0])[0] for r in requests_]
+
+        def generate_until(self, requests_: Any, **_: Any) -> list[str]:
+            out = []
+            for r in requests_:
+                context, options = r.args
+                until = options.get("until", [])
+                until = [until] if isinstance(until, str) else until
+                out.append(requests.write(context, until, int(options.get("max_gen_toks", 64))))
+            return out
+
+    return CompressedLM()
