@@ -1,10 +1,11 @@
 """From documents to rows of `context` ids: arithmetic for plain concatenation, a stored plan for the rest.
 
-Shape legend: b rows  C context  S segments (runs of ids inside one shard)  N documents in the batch.
+Shape legend: b rows  C context  N documents in the batch.
 """
 
 from __future__ import annotations
 
+import bisect
 from typing import NamedTuple
 
 import numpy as np
@@ -32,16 +33,9 @@ class Arrays(NamedTuple):
     side: np.ndarray | None = None
 
 
-class _Segments(NamedTuple):
-    """Runs of ids to copy: into row `row` at column `at`, from shard `shard`, ids lo .. lo+n. All [S]."""
-
-    row: np.ndarray
-    at: np.ndarray
-    shard: np.ndarray
-    lo: np.ndarray
-    n: np.ndarray
-
-
+# (row, column, shard, lo, n): ids lo .. lo+n of the shard go into the row from the column on. Plain tuples of
+# plain numbers: for the few segments of a batch they are several times faster than arrays.
+Segment = tuple[int, int, int, int, int]
 _Gathered = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 
 
@@ -66,20 +60,21 @@ class Rows:
                 f"fewer than one row of context {self.context:,}. Use a shorter context or more text"
             )
 
-    def _gather(self, b: int, s: _Segments, dtype, padded: bool) -> _Gathered:
+    def _gather(self, b: int, segments: list[Segment], dtype, padded: bool) -> _Gathered:
         """(tokens, mask or None, side or None) of the segments."""
-        C = self.context
-        tokens = np.full((b, C), self._eos, dtype) if padded else np.empty((b, C), dtype)
-        mask = np.zeros((b, C), np.uint8) if self._masks else None
-        side = np.zeros((b, C), np.float32) if self.sidecar is not None else None
-        shards = self.split.shards
-        for row, at, k, lo, n in zip(*(column.tolist() for column in s)):
-            to, take = slice(at, at + n), slice(lo, lo + n)
-            tokens[row, to] = shards[k].tok[take]
-            if mask is not None:
-                mask[row, to] = shards[k].msk[take]
-            if side is not None:
-                side[row, to] = self.sidecar.values(shards[k])[take]  # type: ignore[union-attr]
+        shape, shards = (b, self.context), self.split.shards
+        tokens = np.full(shape, self._eos, dtype) if padded else np.empty(shape, dtype)
+        for row, at, k, lo, n in segments:
+            tokens[row, at : at + n] = shards[k].tok[lo : lo + n]
+        mask = side = None
+        if self._masks:
+            mask = np.zeros(shape, np.uint8)
+            for row, at, k, lo, n in segments:
+                mask[row, at : at + n] = shards[k].msk[lo : lo + n]
+        if self.sidecar is not None:
+            side = np.zeros(shape, np.float32)
+            for row, at, k, lo, n in segments:
+                side[row, at : at + n] = self.sidecar.values(shards[k])[lo : lo + n]
         return tokens, mask, side
 
     def read(self, rows: np.ndarray, dtype: np.dtype | type = np.int64) -> Arrays:
@@ -98,21 +93,20 @@ class ConcatRows(Rows):
         self.rows = split.tokens // context
         self.dropped_tokens = split.tokens - self.rows * context
         self._check(split.tokens)
+        self._starts = split.starts.tolist()
 
-    def _segments(self, rows: np.ndarray) -> _Segments:
-        starts, C = self.split.starts, self.context
-        first = rows * C
-        shard = np.searchsorted(starts, first, "right") - 1
-        n = np.minimum(starts[shard + 1] - first, C)
-        row = np.arange(len(rows))
-        parts = [_Segments(row, np.zeros_like(row), shard, first - starts[shard], n)]
-        at = n
-        while (short := np.flatnonzero(at < C)).size:  # rows that go on in the next shard
-            row, shard, at = row[short], shard[short] + 1, at[short]
-            n = np.minimum(starts[shard + 1] - starts[shard], C - at)
-            parts.append(_Segments(row, at, shard, np.zeros_like(at), n))
-            at = at + n
-        return parts[0] if len(parts) == 1 else _Segments(*map(np.concatenate, zip(*parts)))
+    def _segments(self, rows: np.ndarray) -> list[Segment]:
+        starts, C = self._starts, self.context
+        found = []
+        for row, number in enumerate(rows.tolist()):
+            first = number * C
+            k = bisect.bisect_right(starts, first) - 1
+            lo, left = first - starts[k], C
+            while left:
+                n = min(left, starts[k + 1] - starts[k] - lo)
+                found.append((row, C - left, k, lo, n))
+                left, k, lo = left - n, k + 1, 0
+        return found
 
     def read_tokens(self, rows: np.ndarray, dtype: np.dtype | type) -> np.ndarray:
         """[b, C] ids without their boundaries: for consumers that need none."""
@@ -121,27 +115,37 @@ class ConcatRows(Rows):
     def read(self, rows: np.ndarray, dtype: np.dtype | type = np.int64) -> Arrays:
         segments = self._segments(rows)
         tokens, mask, side = self._gather(len(rows), segments, dtype, padded=False)
-        cu = self._boundaries(len(rows), segments)
-        return Arrays(tokens, cu, None, mask, side)
+        return Arrays(tokens, self._boundaries(len(rows), segments), None, mask, side)
 
-    def _boundaries(self, b: int, s: _Segments) -> np.ndarray:
-        """Row starts, and the document starts inside the segments, by search in `.end`."""
-        C = self.context
-        found = [np.arange(b + 1, dtype=np.int64) * C]
-        for k in np.unique(s.shard).tolist():
-            here = s.shard == k
-            lo, n, base = s.lo[here], s.n[here], s.row[here] * C + s.at[here]
+    def _boundaries(self, b: int, segments: list[Segment]) -> np.ndarray:
+        """Segment starts (all are row or document starts) and the document starts inside the segments."""
+        cuts = self._inside(segments)
+        counts = [1 + j - i for i, j in cuts]
+        bounds = np.empty(sum(counts) + 1, np.int64)
+        at = 0
+        for (_, _, k, lo, _), (i, j), count in zip(segments, cuts, counts):
+            bounds[at] = lo
+            bounds[at + 1 : at + count] = self.split.shards[k].end[i:j]
+            at += count
+        shifts = [row * self.context + column - lo for row, column, _, lo, _ in segments]
+        bounds[:-1] += np.repeat(np.array(shifts, np.int64), counts)
+        bounds[-1] = b * self.context
+        return bounds.astype(np.int32)
+
+    def _inside(self, segments: list[Segment]) -> list[tuple[int, int]]:
+        """For each segment, the range of documents that end inside it (not at its very end)."""
+        found: list[tuple[int, int]] = [(0, 0)] * len(segments)
+        by_shard: dict[int, list[int]] = {}
+        for number, segment in enumerate(segments):
+            by_shard.setdefault(segment[2], []).append(number)
+        for k, numbers in by_shard.items():
             end = self.split.shards[k].end
+            keys = [segments[s][3] for s in numbers] + [sum(segments[s][3:]) - 1 for s in numbers]
             # keys of another type than the map's would make searchsorted copy the whole map
-            i = end.searchsorted(lo.astype(np.uint32), "right")
-            j = end.searchsorted((lo + n).astype(np.uint32), "right")
-            count = j - i
-            total = int(count.sum())
-            if total:
-                skip = np.repeat(i - (np.cumsum(count) - count), count)
-                inner = end[skip + np.arange(total)].astype(np.int64)
-                found.append(inner + np.repeat(base - lo, count))
-        return np.unique(np.concatenate(found)).astype(np.int32)
+            cuts = end.searchsorted(np.array(keys, end.dtype), "right").tolist()
+            for number, cut in zip(numbers, zip(cuts, cuts[len(numbers) :])):
+                found[number] = cut
+        return found
 
 
 class PlannedRows(Rows):
@@ -174,7 +178,8 @@ class PlannedRows(Rows):
         lengths = np.bincount(row, n, b).astype(np.int64)
         at = before - (np.cumsum(lengths) - lengths)[row]
         shard = np.searchsorted(self.split.starts, start, "right") - 1
-        segments = _Segments(row, at, shard, start - self.split.starts[shard], n)
+        columns = (row, at, shard, start - self.split.starts[shard], n)
+        segments = list(zip(*(column.tolist() for column in columns)))
         tokens, mask, side = self._gather(b, segments, dtype, padded=True)
         bounds = np.concatenate([row * C + at, np.arange(b + 1) * C, np.arange(b) * C + lengths])
         padded = lengths if (lengths < C).any() else None

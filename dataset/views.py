@@ -152,11 +152,15 @@ class View(Samples):
 
     def locate(self, samples: np.ndarray) -> np.ndarray:
         """Row numbers, int64 [b], of sample numbers over all epochs."""
+        if not len(samples):
+            return samples
+        epoch = int(samples[0]) // self.rows
+        if epoch == int(samples[-1]) // self.rows:  # nearly always: the call's samples lie in one epoch
+            within = samples - epoch * self.rows
+            return self._order(epoch).take(within) if self.shuffle else within
         epochs, within = np.divmod(samples, self.rows)
         if not self.shuffle:
             return within
-        if len(epochs) and epochs[0] == epochs[-1]:
-            return self._order(int(epochs[0])).take(within)
         rows = np.empty_like(within)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
