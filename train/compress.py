@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import typing
 from contextlib import ExitStack
@@ -26,15 +25,15 @@ import torch
 
 from dataset.files import DatasetError
 from model.compress import load_tokenizer, method_names, wrap
-from model.compress.base import METHODS
-from model.compress.decoder import Decoder
+from model.compress.base import METHODS, OBJECTIVES
+from model.compress.decoder import PACKAGED, Decoder
 from train.compress_data import Reading, read
-from train.compress_loop import Fit, Settings
+from train.compress_loop import Fit, Settings, optimizer_for
 from train.compress_quant import load_quantized
 from train.errors import EXIT_DIVERGED, EXIT_USER, Diverged, UserError, is_disk_full
 from train.hooks import Signals
 from train.metrics import Log, rewind
-from train.world import joined
+from train.world import World, joined
 
 PLACES = {  # flags by other names they are known under
     "decoder": ("--decoder", "--model_name", "--model_name_or_path", "--target_model_id"),
@@ -139,79 +138,100 @@ def pick(cls: type, args: argparse.Namespace) -> dict[str, Any]:
     return {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
 
 
-def train(args: argparse.Namespace) -> int:
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A command line, checked."""
+
+    method: str
+    decoder: str
+    data: str
+    run: Path
+    options: dict[str, Any]
+    settings: Settings
+    reading: Reading
+
+
+def plan(args: argparse.Namespace) -> Plan:
+    """Check what can be checked before anything is loaded. Raises UserError."""
     cls: Any = METHODS.get(args.method)
-    chosen = pick(cls.Config, args)
+    options = pick(cls.Config, args)
     if args.test:
-        chosen = {
-            k: v for k, v in TEST.items() if k in {f.name for f in dataclasses.fields(cls.Config)}
-        } | chosen
+        known = {f.name for f in dataclasses.fields(cls.Config)}
+        options = {k: v for k, v in TEST.items() if k in known} | options
         args.steps = args.steps or 20
-    decoder_name = args.decoder or ("smollm2-135m-instruct" if args.test else None)
-    if decoder_name is None or args.data is None:
-        raise UserError("give --decoder (a folder, a hub name or smollm2-135m-instruct) and --data")
+    decoder = args.decoder or (PACKAGED if args.test else None)
+    if decoder is None or args.data is None:
+        raise UserError(f"give --decoder (a folder, a hub name or {PACKAGED}) and --data")
     settings = Settings(**pick(Settings, args))
-    objectives = ("lm", "ae", "qa", "distill", "document", "through")
-    if settings.objective not in objectives:
-        raise UserError(f"--objective {settings.objective}: one of {', '.join(objectives)}")
+    if settings.objective not in (*OBJECTIVES, "document", "through"):
+        raise UserError(
+            f"--objective {settings.objective}: one of {', '.join(OBJECTIVES)}, document, through"
+        )
     if settings.objective == "document" and "autocompressor" not in args.method:
         raise UserError("--objective document trains AutoCompressors alone")
     if settings.objective == "through" and args.method != "clusters":
         raise UserError("--objective through trains clusters (mode quality) alone")
     lengths = pick(Reading, args)
     if args.max_length is not None and args.context is None:
-        lengths |= {"context": args.max_length * 3 // 4, "target": args.max_length - args.max_length * 3 // 4}
-    reading = Reading(**lengths)
+        context = args.max_length * 3 // 4
+        lengths |= {"context": context, "target": args.max_length - context}
     run = args.run or Path("runs") / f"compress_{args.method}"
+    if (run / "metrics.jsonl").exists() and not args.resume:
+        raise UserError(f"{run}: holds a run already; go on with --resume, or give another folder with --run")
+    return Plan(args.method, decoder, args.data, run, options, settings, Reading(**lengths))
+
+
+def train(args: argparse.Namespace) -> int:
+    todo = plan(args)
     with ExitStack() as stack:
         world = stack.enter_context(joined())
         signals = stack.enter_context(Signals(alone=world.size == 1))
-        if settings.batch % world.size:
-            raise UserError(f"--batch {settings.batch} does not divide among {world.size} ranks")
-        torch.manual_seed(settings.seed)
-        model = load_quantized(decoder_name, args.load_in, args.loader, args.models)
-        tokenizer = (
-            load_tokenizer(decoder_name, args.models) if needs_tokenizer(args.data, decoder_name) else None
-        )
-        rows, heldout, dropped = read(args.data, tokenizer, reading)
-        if args.epochs is not None:
-            settings = dataclasses.replace(
-                settings, steps=max(1, round(args.epochs * len(rows) / settings.batch))
-            )
-        compressor = wrap(Decoder(model), {"method": args.method, **chosen}).to(world.device)
-        described = {
-            "data": args.data, "reading": dataclasses.asdict(reading),
-            "settings": dataclasses.asdict(settings),
-            "method": args.method, "config": dataclasses.asdict(compressor.config),
-            "fingerprint": compressor.decoder.fingerprint,
-        }  # fmt: skip
-        begun = (run / "metrics.jsonl").exists()
-        if begun and not args.resume:
-            raise UserError(
-                f"{run}: holds a run already; go on with --resume, or give another folder with --run"
-            )
-        if world.main:
-            run.mkdir(parents=True, exist_ok=True)
-        described = json.loads(json.dumps(described))
-        log = Log(run, world.main, settings.steps, args.wandb)
-        stack.callback(log.close)
-        decode = None if tokenizer is None else tokenizer.decode
-        fit = Fit(compressor, rows, heldout, settings, run, log, world, described, decode)
-        own = sum(p.numel() for p in compressor.parameters() if p.requires_grad)
-        whole = sum(p.numel() for p in model.parameters())
-        share = own / (whole if compressor.trains_base else own + whole)
-        log.say(
-            f"{args.method}: {own:,} parameters train, {share:.2%} of all; "
-            f"{len(rows)} examples, {len(heldout)} held out"
-        )
-        if dropped:
-            log.say(
-                f"{dropped} records exceed max_tokens={reading.max_tokens} or max_characters and are left out"
-            )
+        if todo.settings.batch % world.size:
+            raise UserError(f"--batch {todo.settings.batch} does not divide among {world.size} ranks")
+        fit = build(todo, args, world, stack)
         if args.resume and fit.resume():
-            world.on_main(lambda: rewind(run, fit.step))
-            log.say(f"resumed at step {fit.step} of {settings.steps}")
+            world.on_main(lambda: rewind(todo.run, fit.step))
+            fit.log.say(f"resumed at step {fit.step} of {fit.s.steps}")
         return 0 if fit.fit(signals) else 128 + (signals.caught or 2)
+
+
+def build(todo: Plan, args: argparse.Namespace, world: World, stack: ExitStack) -> Fit:
+    """Load the decoder and the data, make the folder, say what will be trained."""
+    settings = todo.settings
+    torch.manual_seed(settings.seed)
+    model = load_quantized(todo.decoder, args.load_in, args.loader, args.models)
+    tokenizer = (
+        load_tokenizer(todo.decoder, args.models) if needs_tokenizer(todo.data, todo.decoder) else None
+    )
+    rows, heldout, dropped = read(todo.data, tokenizer, todo.reading)
+    if args.epochs is not None:
+        steps = max(1, round(args.epochs * len(rows) / settings.batch))
+        settings = dataclasses.replace(settings, steps=steps)
+    compressor = wrap(Decoder(model), {"method": todo.method, **todo.options}).to(world.device)
+    described = {
+        "data": todo.data,
+        "reading": dataclasses.asdict(todo.reading),
+        "settings": dataclasses.asdict(settings),
+        "method": todo.method,
+        "config": dataclasses.asdict(compressor.config),
+        "fingerprint": compressor.decoder.fingerprint,
+    }
+    optimizer_for(compressor, settings)  # refuses a method with nothing to train before a folder is made
+    if world.main:
+        todo.run.mkdir(parents=True, exist_ok=True)
+    log = Log(todo.run, world.main, settings.steps, args.wandb)
+    stack.callback(log.close)
+    own = sum(p.numel() for p in compressor.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in model.parameters())
+    share = own / (whole if compressor.trains_base else own + whole)
+    log.say(
+        f"{todo.method}: {own:,} parameters train, {share:.2%} of all; {len(rows)} examples, "
+        f"{len(heldout)} held out"
+    )
+    if dropped:
+        log.say(f"{dropped} records are longer than max_tokens or max_characters and are left out")
+    decode = None if tokenizer is None else tokenizer.decode
+    return Fit(compressor, rows, heldout, settings, todo.run, log, world, described, decode)
 
 
 def needs_tokenizer(data: str, decoder: str) -> bool:
