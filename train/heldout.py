@@ -45,7 +45,7 @@ def evaluate(lm: LanguageModel, view: View, run: RunConfig, world: World) -> Sco
     groups = rows // size
     heads = list(lm.config.heads)
     sums = torch.zeros(groups, len(heads), 3, dtype=torch.float64, device=world.device)
-    stats: dict[str, Tensor] = {}
+    stats: dict[int, dict[str, Tensor]] = {}
     was_training = lm.training
     lm.eval()
     try:
@@ -57,11 +57,10 @@ def evaluate(lm: LanguageModel, view: View, run: RunConfig, world: World) -> Sco
                 nats, weight = out.sums[head]
                 sums[g, h, 0], sums[g, h, 1] = nats.double(), weight.double()
                 sums[g, h, 2] = target_bytes(micro, lm.config.heads[head].shift, view)
-            for name, value in out.aux.stats.items():
-                stats[name] = stats.get(name, 0.0) + value.double()
+            stats[g] = {name: value.double().cpu() for name, value in out.aux.stats.items()}
     finally:
         lm.train(was_training)
-    return _scores(lm, world.sum(sums).cpu(), _mean_stats(stats, groups, world), rows * run.context)
+    return _scores(lm, world.sum(sums).cpu(), mean_stats(world.gather(stats)), rows * run.context)
 
 
 def _scores(lm: LanguageModel, sums: Tensor, stats: dict[str, Any], tokens: int) -> Scores:
@@ -83,10 +82,11 @@ def target_bytes(micro: Micro, shift: int, view: View) -> int:
     return int(sizes[targets[targets != IGNORE]].sum())
 
 
-def _mean_stats(stats: dict[str, Tensor], groups: int, world: World) -> dict[str, Any]:
-    """Mean over groups of every statistic: a number, or a list for a vector."""
-    out = {}
-    for name, value in stats.items():
-        mean = world.sum(value.to(world.device)) / groups
-        out[name] = mean.tolist()
-    return out
+def mean_stats(parts: list[dict[int, dict[str, Tensor]]]) -> dict[str, Any]:
+    """Mean over groups of every statistic, a number or a list; the same whoever scored which group."""
+    groups = {g: found for part in parts for g, found in part.items()}
+    out: dict[str, Tensor] = {}
+    for g in sorted(groups):
+        for name, value in groups[g].items():
+            out[name] = out[name] + value if name in out else value
+    return {name: (total / len(groups)).tolist() for name, total in out.items()}

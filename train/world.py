@@ -47,6 +47,14 @@ class World:
             return flag
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item() > 0)
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks; they may differ in shape and kind."""
+        if self.size == 1:
+            return [value]
+        box: list[T | None] = [None] * self.size
+        dist.all_gather_object(box, value)
+        return box  # type: ignore[return-value]
+
     def on_main(self, action: Callable[[], T]) -> T:
         """Run on rank 0 and give every rank its result. If it fails there, every rank raises.
 
