@@ -1,7 +1,7 @@
 """`python -m tests.oracles [--only WORD]`: compare the operators with the peers' real kernels.
 
 Makes `.venv-oracles` beside this environment (the peers must not be importable in it: transformers picks
-its kernels by what can be imported), runs Triton's interpreter there, one process for each comparison,
+its kernels by what can be imported), runs Triton's interpreter there,
 and writes the table of errors to model/ops/ORACLES.md. Exit code 1 when an error is out of tolerance.
 """
 
@@ -52,7 +52,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.oracles", description=__doc__)
     parser.add_argument("--only", default="", metavar="WORD", help="comparisons whose name contains WORD")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-oracles")
+    parser.add_argument("--setup", action="store_true", help="only make the environment; print its python")
     args = parser.parse_args()
+    if args.setup:
+        print(environment(args.venv))
+        return 0
     command = [str(environment(args.venv)), "-W", "ignore", "-m", "tests.oracles.compare"]
     return subprocess.run(
         [*command, *(["--only", args.only] if args.only else [])],

@@ -13,6 +13,8 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import fla.layers  # before the kernels are patched, although the adapters import them only when called
+import fla.ops
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -219,12 +221,27 @@ def _conv_ref(docs: Docs | None) -> Pair:
 # ----------------------------------------------------------------------------- whole layers
 
 
-def _layer(name: str, peer: str, ours_kw: dict[str, Any], theirs_kw: dict[str, Any]) -> None:
+def _interleaved(name: str, weight: Tensor) -> Tensor:
+    """YOCO turns neighbouring channels, we turn halves: the same rows of W_q and W_k in another order."""
+    if name not in ("q_proj.weight", "k_proj.weight"):
+        return weight
+    return weight.unflatten(0, (H, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _as_it_is(name: str, weight: Tensor) -> Tensor:
+    return weight
+
+
+def _layer(
+    name: str,
+    peer: str,
+    ours_kw: dict[str, Any],
+    theirs_kw: dict[str, Any],
+    convert: Callable[[str, Tensor], Tensor] = _as_it_is,
+) -> None:
     """A block beside fla's layer with the same weights, loaded strictly by name; leaves: x and weights."""
 
     def build(docs: Docs | None) -> Pair:
-        import fla.layers
-
         torch.manual_seed(0)
         block = make_block(name, 64, **ours_kw)
         layer = getattr(fla.layers, peer)(hidden_size=64, **theirs_kw)
@@ -244,7 +261,8 @@ def _layer(name: str, peer: str, ours_kw: dict[str, Any], theirs_kw: dict[str, A
             return run
 
         def theirs(x, *weights):
-            return (torch.func.functional_call(layer, dict(zip(names, weights)), (x,), kwargs)[0],)
+            given = {n: convert(n, w) for n, w in zip(names, weights)}
+            return (torch.func.functional_call(layer, given, (x,), kwargs)[0],)
 
         weights = [nn.Parameter(w.detach() + 0.02 * torch.randn_like(w)) for w in block.state_dict().values()]
         return ours, theirs, [*_leaves(docs, (0, T, 64)), *weights]
@@ -253,7 +271,7 @@ def _layer(name: str, peer: str, ours_kw: dict[str, Any], theirs_kw: dict[str, A
 
 
 _layer("gla", "GatedLinearAttention", {"heads": 2}, {"num_heads": 2})
-_layer("retention", "YOCOGatedRetention", {"heads": 2}, {"num_heads": 2})
+_layer("retention", "YOCOGatedRetention", {"heads": H}, {"num_heads": H}, _interleaved)
 _layer("gated_deltanet", "GatedDeltaNet", {"heads": 3}, {"num_heads": 3, "head_dim": 16, "expand_v": 2})
 _layer("kda", "KimiDeltaAttention", {"heads": 2}, {"num_heads": 2, "head_dim": 32})
 _layer(
