@@ -68,8 +68,8 @@ def main() -> int:
     pretrain([f"{name}.yaml" for name in STAGES], sets=args.set)
     folders = [ROOT / "runs" / name for name in STAGES]
     run("-m", "train", "report", *[f.relative_to(ROOT) for f in folders], "--out", OUT)
-    for folder in folders:
-        run("train/evaluate.py", folder.relative_to(ROOT))
+    for folder in (folders[0], folders[-1]):
+        run("train/evaluate.py", folder.relative_to(ROOT), "--tokens", "65536")
     figures = summary(folders, data)
     report = ROOT / OUT / "README.md"
     report.write_text(page(figures) + report.read_text())
