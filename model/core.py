@@ -22,7 +22,7 @@ State = Any  # a pytree (NamedTuple, tuple, dict) of tensors whose first dimensi
 __all__ = [
     "NO_AUX", "Aux", "Block", "Bottleneck", "Cost", "Ctx", "Docs", "Entered", "Memory", "State", "Step",
     "at_least_fp32", "count_tokens", "detach", "docs_of", "fork", "merge_aux", "positions_of", "reorder",
-    "state_bytes", "state_map",
+    "rotary_positions", "state_bytes", "state_map",
 ]  # fmt: skip
 
 # ----------------------------------------------------------------------------- results
@@ -110,6 +110,9 @@ class Ctx:
 
     docs:     None means that every row is one unpadded document (the fast path).
     memory:   the one key/value memory of an enclosing `yoco`, else None.
+    places:   [B, T] int64, where the tokens stand in their documents for rotary encodings, inside a
+              bracket that keeps some of them; None: where `docs` and the state say. Windows, taps and
+              masks count kept tokens.
     progress: 0-d fp32 tensor in [0, 1], share of the run that is done; a tensor, so that
               annealing never recompiles.
     """
@@ -117,6 +120,7 @@ class Ctx:
     docs: Docs | None = None
     memory: Memory | None = None
     progress: Tensor = field(default_factory=lambda: torch.zeros(()))
+    places: Tensor | None = None
 
     @staticmethod
     def packed(cu_seqlens: Tensor | Sequence[int], rows: int = 1, **rest: Any) -> Ctx:
@@ -132,6 +136,13 @@ class Ctx:
 def docs_of(ctx: Ctx | None) -> Docs | None:
     """The documents of a context; None stands for whole rows."""
     return None if ctx is None else ctx.docs
+
+
+def rotary_positions(ctx: Ctx | None, seen: Tensor | None, B: int, T: int, device: torch.device) -> Tensor:
+    """Positions [B, T] by which rotary encodings turn; seen: as for `positions_of`."""
+    if ctx is not None and ctx.places is not None:
+        return ctx.places
+    return positions_of(docs_of(ctx), seen, B, T, device)
 
 
 # ----------------------------------------------------------------------------- state
@@ -237,11 +248,11 @@ class Bottleneck(nn.Module):
     It is called with the half's name, `q("enter", x, ...)`, because FSDP2 hooks `__call__` alone.
 
     dim:   width outside.  code_dim: width inside.
-    merge: how many outside positions make one inside (1: the length is kept).
+    merge: how many outside positions make one inside, on average (1: the length is kept).
     """
 
     code_dim: int
-    merge: int = 1
+    merge: float = 1
     no_decay: tuple[str, ...] = ()
 
     def __init__(self, dim: int) -> None:
@@ -265,6 +276,9 @@ class Bottleneck(nn.Module):
         self, code: Tensor, saved: Any = None, state: State | None = None, ctx: Ctx | None = None
     ) -> Step:
         raise NotImplementedError(f"{type(self).__name__}.exit")
+
+    def upkeep(self) -> None:
+        """What it needs after the optimizer's step; called on every rank. Nothing by default."""
 
     def cost(self, T: int) -> Cost:
         return Cost()

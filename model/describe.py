@@ -193,8 +193,8 @@ class _Walker:
                 self.add(site, module, cost, share)
                 self.items(item.inner, depth + 1, share)
                 continue
-            merge = int(getattr(module, "merge", 1))
-            shape = f"{spec.dim} → {module.code_dim}" + (f", T/{merge}" if merge > 1 else "")
+            merge = float(getattr(module, "merge", 1))
+            shape = f"{spec.dim} → {module.code_dim}" + (f", T/{merge:g}" if merge > 1 else "")
             site = Site(item.site, item.module, name, "bracket", depth, shape, 0, notes=notes)
             if isinstance(module, Quantizer):
                 site = replace(site, bits=module.bits_per_token * share)

@@ -124,6 +124,11 @@ class Docs:
         found = ids.gather(1, (ids >= 0).int().argmax(1, keepdim=True))[:, 0]
         return torch.where(found < 0, -2, found)
 
+    def last_places(self) -> Tensor:
+        """[B] index of each row's last token that is not padding; 0 in a row of padding. T >= 1."""
+        places = torch.arange(self.segments.shape[1], device=self.segments.device)
+        return torch.where(self.tokens, places, -1).amax(1).clamp_min(0)
+
     def to(self, device: torch.device | str) -> Docs:
         return replace(
             self,

@@ -79,7 +79,7 @@ class _Counter:
             elif isinstance(item, Bracket):
                 assert isinstance(module, Bottleneck)
                 self.add(item.site, item.module, module, T, module.cost(T))
-                self.items(item.inner, T // module.merge)
+                self.items(item.inner, int(T // module.merge))
             elif isinstance(item, Cross):
                 self.add(item.site, item.module, module, T, module.cost(T))
                 self.items(item.inner, T)

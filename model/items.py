@@ -24,11 +24,12 @@ from model.schema import Mark
 class ModuleSpec:
     """How one bank module is built.
 
-    kind:  block | quant | adapter | fade | memory.     name: registered name (blocks, quantizers).
+    kind:  block | quant | adapter | fade | memory | wrap.
+    name:  registered name (blocks, quantizers, wraps).
     dim:   width outside.     shell: the onion shell that it belongs to, if any.
     """
 
-    kind: Literal["block", "quant", "adapter", "fade", "memory"]
+    kind: Literal["block", "quant", "adapter", "fade", "memory", "wrap"]
     name: str
     dim: int
     params: dict[str, Any] = field(default_factory=dict)

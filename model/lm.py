@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from model.blocks.xattn import KVMemory, last_places
+from model.blocks.xattn import KVMemory
 from model.combine import Faded, Residual
 from model.core import NO_AUX, Aux, Bottleneck, Ctx, Docs, merge_aux
 from model.embed import Embed
@@ -23,7 +23,7 @@ from model.items import Bracket, Cross, ModuleSpec, Plan, Visit
 from model.ops.loss import linear_argmax, linear_cross_entropy
 from model.plan import make_plan
 from model.quant.adapter import Adapter
-from model.registry import make_block, make_quantizer
+from model.registry import make_block, make_quantizer, make_wrap
 from model.run import Pass, States
 from model.schema import Config
 
@@ -285,6 +285,8 @@ def _build(spec: ModuleSpec) -> nn.Module:
         module = Residual(make_block(spec.name, spec.dim, **spec.params))
     elif spec.kind == "quant":
         module = make_quantizer(spec.name, spec.dim, **spec.params)
+    elif spec.kind == "wrap":
+        module = make_wrap(spec.name, spec.dim, **spec.params)
     elif spec.kind == "memory":
         module = KVMemory(spec.dim, **spec.params)
     elif spec.kind == "adapter":
@@ -303,4 +305,4 @@ def _count(targets: Tensor, weights: Tensor | None) -> Tensor:
 
 def _last_tokens(h: Tensor, docs: Docs) -> Tensor:
     """[B, 1, D]: the state at each row's last token that is not padding."""
-    return h.gather(1, last_places(docs)[:, None, None].expand(-1, 1, h.shape[2]))
+    return h.gather(1, docs.last_places()[:, None, None].expand(-1, 1, h.shape[2]))

@@ -23,6 +23,7 @@ from model.schema import (
     RepeatNode,
     ShellNode,
     UseNode,
+    WrapNode,
     YocoNode,
 )
 
@@ -97,6 +98,8 @@ class _Builder:
                 out.extend(self._tied(node.mirror, 2, "cycle_rev", dim, at))
             elif isinstance(node, OnionNode):
                 out.extend(self._onion(node, dim))
+            elif isinstance(node, WrapNode):
+                out.append(self._wrap(node, dim, at))
             elif isinstance(node, YocoNode):
                 out.extend(self._yoco(node, dim, at))
             else:
@@ -174,6 +177,15 @@ class _Builder:
             else:
                 out.append(Fade(site, item.module, self._again(item.inner, rename), item.residual))
         return tuple(out)
+
+    def _wrap(self, node: WrapNode, dim: int, at: _Place) -> Bracket:
+        spec = node.wrap
+        name = self._numbered(at, spec.by.name)
+        params = {**spec.by.params, "width": spec.width}
+        frozen, shell = (at.shell.frozen, at.shell.name) if at.shell else (False, None)
+        self._module(name, ModuleSpec("wrap", spec.by.name, dim, params, frozen, shell, spec.by.mark))
+        site = self._site(at.site + name)
+        return Bracket(site, name, self.nodes(spec.inner, spec.width or dim, replace(at, memory=None)))
 
     # -- yoco
 

@@ -101,8 +101,10 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 
 BLOCKS = Registry("block", "model.blocks")
 QUANTIZERS = Registry("quantizer", "model.quant")
+WRAPS = Registry("wrap", "model.wraps")
 block = BLOCKS.register
 quantizer = QUANTIZERS.register
+wrap = WRAPS.register
 
 
 def make_block(name: str, dim: int, **params: Any) -> Any:
@@ -113,6 +115,11 @@ def make_block(name: str, dim: int, **params: Any) -> Any:
 def make_quantizer(name: str, dim: int, **params: Any) -> Any:
     """Build a registered quantizer."""
     return _make(QUANTIZERS, name, dim, params)
+
+
+def make_wrap(name: str, dim: int, **params: Any) -> Any:
+    """Build a registered wrap."""
+    return _make(WRAPS, name, dim, params)
 
 
 def _make(registry: Registry, name: str, dim: int, params: dict[str, Any]) -> Any:

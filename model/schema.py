@@ -201,7 +201,36 @@ class YocoNode:
     mark: Mark = _mark()
 
 
-Node = BlockNode | UseNode | RepeatNode | MirrorNode | OnionNode | YocoNode
+@dataclass(frozen=True)
+class BySpec:
+    """`patch` or `{mod: {keep: 0.25}}`: a registered wrap and its parameters."""
+
+    name: str
+    params: dict[str, Any] = field(default_factory=dict)
+    mark: Mark = _mark()
+
+
+@dataclass(frozen=True)
+class WrapSpec:
+    """inner sees fewer tokens, chosen or merged by `by`.
+
+    width: of the stream inside; default the outer one's, and for `mod` always that.
+    """
+
+    by: BySpec
+    inner: list[Node]
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class WrapNode:
+    """`{wrap: {by: patch, inner: [...]}}`: a bracket whose inside has another length."""
+
+    wrap: WrapSpec
+    mark: Mark = _mark()
+
+
+Node = BlockNode | UseNode | RepeatNode | MirrorNode | OnionNode | YocoNode | WrapNode
 
 
 # ----------------------------------------------------------------------------- architecture

@@ -39,6 +39,7 @@ LAYERS: dict[str, set[str]] = {
     "model.registry": set(),
     "model.blocks": _BASE,
     "model.quant": _BASE,
+    "model.wraps": {*_BASE, "model.quant"},
     "model.schema": _PLAN,
     "model.config": _PLAN,
     "model.items": _PLAN,

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.core import Block, Cost, Ctx, Docs, State, Step, docs_of, positions_of
+from model.core import Block, Cost, Ctx, Docs, State, Step, docs_of, rotary_positions
 from model.ops.attention import attend
 from model.ops.attention.cache import Cache, empty_cache, extend
 from model.ops.attention.cpu import attention_flops
@@ -111,7 +111,7 @@ class Attention(Block):
         if self.position == "rope":
             seen = None if kv is None else kv.seen
             rows = 1 if docs is None and seen is None else x.shape[0]
-            positions = positions_of(docs, seen, rows, x.shape[1], x.device)
+            positions = rotary_positions(ctx, seen, rows, x.shape[1], x.device)
             cos, sin = rope_tables(positions, self.head_dim, self.theta, x.dtype)
             q, k = rope(q, cos, sin), rope(k, cos, sin)
         slopes = alibi_slopes(self.heads, x.device) if self.position == "alibi" else None

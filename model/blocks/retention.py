@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks._linear import HeadNorm, LinearMixer, count_heads
-from model.core import Cost, Ctx, Step, at_least_fp32, count_tokens, docs_of, positions_of
+from model.core import Cost, Ctx, Step, at_least_fp32, count_tokens, docs_of, rotary_positions
 from model.ops.linear import gla, simple_gla_flops
 from model.ops.rope import rope, rope_tables
 from model.registry import block
@@ -74,7 +74,9 @@ class Retention(LinearMixer):
         docs, (B, T, _) = docs_of(ctx), x.shape
         q, k, v, _ = self.qkv(x, None, docs)
         seen = None if state is None else state.seen
-        cos, sin = rope_tables(positions_of(docs, seen, B, T, x.device), self.key_width, self.theta, x.dtype)
+        cos, sin = rope_tables(
+            rotary_positions(ctx, seen, B, T, x.device), self.key_width, self.theta, x.dtype
+        )
         raw = self.gk_proj(x)
         g = F.logsigmoid(raw.to(at_least_fp32(raw.dtype))) / self.gate_normalizer
         before = None if state is None else state.recurrent

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from model.core import Block, Cost, Ctx, Docs, Memory, State, Step, docs_of, positions_of
+from model.core import Block, Cost, Ctx, Docs, Memory, State, Step, docs_of, rotary_positions
 from model.ops.attention import Places, attend
 from model.ops.attention.cache import empty_cache, extend
 from model.ops.attention.cpu import attention_flops
@@ -61,7 +61,7 @@ class KVMemory(nn.Module):
         if self.position == "rope":
             seen = None if state is None else state.seen
             rows = 1 if docs is None and seen is None else x.shape[0]
-            positions = positions_of(docs, seen, rows, x.shape[1], x.device)
+            positions = rotary_positions(ctx, seen, rows, x.shape[1], x.device)
             turn = rope_tables(positions, self.head_dim, self.theta, x.dtype)
             k = rope(k, *turn)
         view, after = extend(state, k, v, docs)
@@ -136,7 +136,7 @@ def last_queries(x: Tensor, ctx: Ctx, memory: Memory) -> tuple[Tensor, Ctx]:
             at = Places(*(p[:, -1:] for p in at))
         turn = None if memory.turn is None else (memory.turn[0][:, -1:], memory.turn[1][:, -1:])
         return x[:, -1:], Ctx(None, memory._replace(at=at, turn=turn), ctx.progress)
-    index = last_places(docs)
+    index = docs.last_places()
 
     def pick(t: Tensor) -> Tensor:
         at = index.view(-1, *[1] * (t.dim() - 1))
@@ -148,9 +148,3 @@ def last_queries(x: Tensor, ctx: Ctx, memory: Memory) -> tuple[Tensor, Ctx]:
     memory = memory._replace(docs=None, at=Places(*map(pick, at)), key_at=key_at, turn=turn)
     one = Docs.from_segments(pick(docs.segments), pick(docs.positions))
     return pick(x), Ctx(one, memory, ctx.progress)
-
-
-def last_places(docs: Docs) -> Tensor:
-    """[B] index of each row's last token that is not padding; 0 in a row of padding."""
-    places = torch.arange(docs.segments.shape[1], device=docs.segments.device)
-    return torch.where(docs.tokens, places, -1).amax(1).clamp_min(0)

@@ -23,7 +23,7 @@ from typing import Any
 from model.config import sources
 from model.config.reader import FAIL, Reader
 from model.config.yamlnodes import write
-from model.schema import ARCH_KEYS, BlockNode, Config, ConfigError, QuantSpec
+from model.schema import ARCH_KEYS, BlockNode, BySpec, Config, ConfigError, QuantSpec
 
 __all__ = ["ConfigError", "arch_digest", "digest", "dump", "dumps", "load"]
 
@@ -80,7 +80,7 @@ def _plain(value: Any) -> Any:
         if not value.params and value.as_ is None:
             return value.name
         return {value.name: _plain(value.params)} | ({"as": value.as_} if value.as_ is not None else {})
-    if isinstance(value, QuantSpec):
+    if isinstance(value, QuantSpec | BySpec):
         return {value.name: _plain(value.params)}
     if is_dataclass(value):
         kept = [f.name for f in fields(value) if not f.metadata.get("mark")]

@@ -18,6 +18,7 @@ AT_LEAST: dict[type, dict[str, int]] = {
     schema.Config: {"dim": 1, "vocab": 1, "init_std": 0},
     schema.RepeatNode: {"repeat": 1},
     schema.ShellNode: {"to": 1, "width": 1, "merge": 1},
+    schema.WrapSpec: {"width": 1},
     schema.MemorySpec: {"head_dim": 1, "group": 1, "theta": 1},
     schema.Blend: {"steps": 0, "hold": 0, "code": 0},
     schema.EmbedConfig: {"project": 1},
@@ -83,6 +84,11 @@ def _yoco(v: Values) -> Found:
         yield "cross", "is empty: want blocks that read the memory, like [xattn, mlp]"
 
 
+def _wrap(v: Values) -> Found:
+    if v.get("inner") == []:
+        yield "inner", "is empty: nothing to wrap"
+
+
 def _shell(v: Values) -> Found:
     if v.get("merge", 1) > 1 and not v.get("residual", True):
         yield (
@@ -109,6 +115,7 @@ _CHECKS: dict[type, Callable[[Values], Found]] = {
     schema.RepeatNode: _repeat,
     schema.MirrorNode: _mirror,
     schema.YocoSpec: _yoco,
+    schema.WrapSpec: _wrap,
     schema.ShellNode: _shell,
     schema.OnionNode: _onion,
 }

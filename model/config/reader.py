@@ -37,10 +37,11 @@ from model.config.kinds import (
 )
 from model.config.sources import Errors
 from model.config.yamlnodes import Yaml, join
-from model.registry import BLOCKS, QUANTIZERS, Registry, did_you_mean
-from model.schema import BlockNode, Config, Mark, QuantSpec, ShellNode, UseNode
+from model.registry import BLOCKS, QUANTIZERS, WRAPS, Registry, did_you_mean
+from model.schema import BlockNode, BySpec, Config, Mark, QuantSpec, ShellNode, UseNode, WrapSpec
 
-RESERVED = {"channels": "`to` of the shell"}  # quantizer parameters that the grammar sets
+CHOICES: dict[type, Registry] = {QuantSpec: QUANTIZERS, BySpec: WRAPS}  # `name` or `{name: params}`
+RESERVED = {"channels": "`to` of the shell", "width": "`width` of the wrap"}  # what the grammar sets
 FAIL: Any = type("Fail", (), {"__repr__": lambda self: "FAIL"})()  # an error was reported; never a value
 
 
@@ -81,10 +82,10 @@ class Reader:
         if node is None or not isinstance(node.value, dict):
             return
         for name, params in node.value.items():
-            registry = next((r for r in (BLOCKS, QUANTIZERS) if name in r.names()), None)
+            registry = next((r for r in (BLOCKS, QUANTIZERS, WRAPS) if name in r.names()), None)
             path = f"defaults.{name}"
             if registry is None:
-                known = BLOCKS.names() + QUANTIZERS.names()
+                known = BLOCKS.names() + QUANTIZERS.names() + WRAPS.names()
                 self.fail(node.keys[name], path, f"no block called {name!r}{did_you_mean(name, known)}")
             elif params.value is not None:
                 self.defaults[name] = self._typed(registry, name, params, path)
@@ -95,8 +96,8 @@ class Reader:
         """The node as a value of the annotated type."""
         if is_node(kind):
             return self.node(node, path)
-        if kind is QuantSpec:
-            return self.quantizer(node, path)
+        if kind in CHOICES:
+            return self.choice(kind, node, path)
         if isinstance(kind, type) and is_dataclass(kind):
             return self.object(kind, node, path)
         if kind is Any:
@@ -189,7 +190,7 @@ class Reader:
         for key in unknown:
             self.fail(node.keys[key], path, f"unknown key {key!r}{did_you_mean(key, known)}")
         outside = self.width
-        if cls is ShellNode:
+        if cls in (ShellNode, WrapSpec):
             self.width = peek(node, "width") or self.width
         values = self._fields(cls, known, node, path)
         if cls is not ShellNode:  # a shell without a width has that of the shell before it
@@ -207,6 +208,10 @@ class Reader:
             params = {**out.quant.params, "channels": out.to}
             at = node.value.get("quant", node)
             if not self._valid(QUANTIZERS, out.quant.name, params, at, out.quant.mark.path):
+                return FAIL
+        if isinstance(out, WrapSpec):
+            params = {**out.by.params, "width": out.width}
+            if not self._valid(WRAPS, out.by.name, params, node.value["by"], out.by.mark.path):
                 return FAIL
         return out
 
@@ -286,9 +291,10 @@ class Reader:
             return FAIL
         return BlockNode(name, values, as_, replace(at, path=path))
 
-    def quantizer(self, node: Yaml, path: str) -> Any:
+    def choice(self, kind: type, node: Yaml, path: str) -> Any:
         """`int8`, `{fsq: {levels: 8}}`, or null, which is the quantizer `none`."""
-        value = "none" if node.value is None else node.value
+        registry = CHOICES[kind]
+        value = "none" if node.value is None and kind is QuantSpec else node.value
         if isinstance(value, dict) and len(value) == 1:
             name, params = next(iter(value.items()))
             at = node.keys[name]
@@ -296,15 +302,15 @@ class Reader:
             name, params, at = value, Yaml({}, node.mark), node.mark
         else:
             got = f"the keys {list(value)}" if isinstance(value, dict) else node.show()
-            return self.fail(node, path, f"want one quantizer, `name` or `name: {{...}}`, got {got}")
-        if name not in QUANTIZERS.names():
-            hint = did_you_mean(name, QUANTIZERS.names())
-            return self.fail(at, path, f"no quantizer called {name!r}{hint}")
+            return self.fail(node, path, f"want one {registry.kind}, `name` or `name: {{...}}`, got {got}")
+        if name not in registry.names():
+            hint = did_you_mean(name, registry.names())
+            return self.fail(at, path, f"no {registry.kind} called {name!r}{hint}")
         if params.value is None:
             params = Yaml({}, params.mark)
         path = join(path, name)
-        values = self._params(QUANTIZERS, name, params, path)
-        return FAIL if values is FAIL else QuantSpec(name, values, replace(at, path=path))
+        values = self._params(registry, name, params, path)
+        return FAIL if values is FAIL else kind(name, values, replace(at, path=path))
 
     # -- parameters of registered classes
 
@@ -314,7 +320,7 @@ class Reader:
         if not _whole(given, node):
             return FAIL
         values = self._filled(registry, name, given)
-        good = registry is QUANTIZERS or self._valid(registry, name, values, node, path)
+        good = registry is not BLOCKS or self._valid(registry, name, values, node, path)
         return values if good else FAIL
 
     def _typed(self, registry: Registry, name: str, node: Yaml, path: str) -> dict[str, Any]:

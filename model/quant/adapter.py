@@ -58,6 +58,8 @@ class Adapter(Bottleneck):
     Raises ValueError when width or merge is below 1 or pool is unknown.
     """
 
+    merge: int
+
     def __init__(
         self,
         dim: int,
@@ -117,7 +119,7 @@ class Adapter(Bottleneck):
         tokens = torch.cat([before, x], dim=1)
         code = self._into(_rows(tokens, layout.members), x)
         if layout.docs is not None:
-            ctx = Ctx(docs=layout.docs) if ctx is None else replace(ctx, docs=layout.docs)
+            ctx = replace(ctx or Ctx(), docs=layout.docs, places=None)
         if state is None:
             return Entered(code, ctx, Saved(layout.read))
         pending = _rows(tokens, layout.pending) * layout.held[..., None]

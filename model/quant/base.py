@@ -98,14 +98,11 @@ class Quantizer(Bottleneck):
         """What a token's codes take when each is written in full."""
         raise NotImplementedError(f"{type(self).__name__}.bits_per_token")
 
-    def upkeep(self) -> None:
-        """What codebooks need after the optimizer's step; called on every rank. Nothing by default."""
-
 
 def upkeep(model: nn.Module) -> None:
-    """The upkeep of every quantizer of a model: once after each optimizer step, on every rank."""
+    """The upkeep of every bracket of a model: once after each optimizer step, on every rank."""
     for module in model.modules():
-        if isinstance(module, Quantizer):
+        if isinstance(module, Bottleneck):
             module.upkeep()
 
 
