@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow test-gpu oracles bench study-onion lint clean
+.PHONY: help setup demo test test-slow test-gpu oracles bench study-onion study-compression lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -30,6 +30,12 @@ test-gpu: $(STAMP)  ## what needs a GPU
 
 study-onion: $(STAMP)  ## does growing pay? the onion beside its controls, at equal FLOPs; resumable
 	$(PY) -m experiments.onion.study
+
+study-compression: $(STAMP)  ## the compression methods and their baselines on one scoreboard; resumable
+	$(PY) -m experiments.compression.study
+
+oracles: $(STAMP)  ## operators against the peers' own Triton kernels, in an environment of its own
+	$(PY) -m tests.oracles
 
 bench: $(STAMP)  ## ratios against named peers, interleaved in one process
 	$(PY) -m experiments.bench
