@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dataset.files import DatasetError, digest, explain
-from dataset.format import Dataset, open_dataset
+from dataset.format import Dataset, map_file, open_dataset
 
 
 def verify(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
@@ -44,7 +44,8 @@ def _inconsistent(shard, data: Dataset) -> list[str]:
     end = np.cumsum(shard.len, dtype=np.uint64)
     if len(end) != shard.documents or int(end[-1]) != shard.tokens or (end != shard.end).any():
         return [f"{shard.path('len')}: lengths do not add up to the ids of the shard"]
-    if (shard.tok[end.astype(np.int64) - 1] != data.eos_id).any():
+    ids = map_file(shard.path("tok"), shard.tok.dtype, in_order=True)
+    if (ids[end.astype(np.int64) - 1] != data.eos_id).any():
         return [f"{shard.path('tok')}: a document does not end in EOS"]
     return []
 
