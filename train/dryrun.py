@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from train import optim
+from train.assembly import assemble
 from train.feed import Feed
 from train.hooks import duration
 from train.loop import train_step
 from train.metrics import Log, memory_mb, peak_flops
+from train.stage import Stage
 from train.world import World
-
-if TYPE_CHECKING:
-    from train.session import Stage
 
 STEPS = 3
 
 
 def dry_run(stage: Stage, world: World) -> int:
-    from train.session import assemble
-
     log = Log(None, world.main, STEPS)
     config = stage.config
     before = memory_mb(world.device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -139,8 +140,6 @@ def step_or_skip(state: TrainState, lr: float, applied: bool) -> None:
 
 
 def _timed(result: StepResult, began: float) -> StepResult:
-    from dataclasses import replace
-
     return replace(result, seconds=time.perf_counter() - began)
 
 

@@ -60,11 +60,17 @@ def read(run: Path) -> Iterator[dict[str, Any]]:
 
 
 def rewind(run: Path, step: int | None) -> None:
-    """Drop the records after `step` (None: all of them): a resumed run writes them again."""
+    """Drop what was recorded after the save of `step` (None: everything): a resumed run records it again."""
     path = run / FILE
     if not path.is_file():
         return
-    kept = [r for r in read(run) if step is not None and r.get("step", 0) <= step]
+    kept = []
+    for record in read(run) if step is not None else ():
+        if record["step"] > step:
+            break
+        kept.append(record)
+        if record["step"] == step and record.get("event") == "save":
+            break
     write_bytes(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
 

@@ -14,7 +14,8 @@ if __package__ in (None, ""):
     # Run as a script: `train/` is first on the path. Packages are found from the repository's root.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.session import Request, run_all
+from train.session import run_all
+from train.stage import Request
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,10 +16,12 @@ import torch
 from dataset.plan import Request as PrepareRequest
 from dataset.prepare import prepare
 from model.schema import Config
+from train.assembly import assemble
 from train.hooks import Signals
 from train.loop import fit
-from train.session import Request, assemble, begin
-from train.session import prepare as prepare_stage
+from train.session import begin
+from train.stage import Request
+from train.stage import prepare as prepare_stage
 from train.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +125,8 @@ class Fit:
                 signals.caught = 15
 
         hooks.after_step = stop_there  # type: ignore[method-assign]
+        if self.state.step == 0:
+            hooks.save(self.state)  # as `session.train` does
         self.finished = fit(self.state, feed, hooks, self.config, world)
         feed.close()
         log.close()

@@ -15,9 +15,10 @@ import pytest
 from dataset.plan import Request as PrepareRequest
 from dataset.prepare import prepare as prepare_data
 from tests.train.conftest import write_texts
+from train.assembly import assemble
 from train.feed import Feed
 from train.loop import train_step
-from train.session import Request, assemble, prepare
+from train.stage import Request, prepare
 from train.world import World
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "losses.json"
@@ -39,7 +40,7 @@ CASES = {
     "mamba2": ["stack.0.repeat=2", "defaults.mamba2={state: 16, head_dim: 16}"],
     "samba": ["stack.0.repeat=1", *SAMBA],
     "onion_stage1": ONION,
-    "onion_stage3": ONION,
+    "onion_stage3": [*ONION, "stack.0.onion.s3.blend={steps: 10}"],
     "onion_open": ONION,
 }
 

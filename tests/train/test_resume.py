@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import torch
 
 from tests.train.conftest import Fit, equal
@@ -34,8 +36,6 @@ def test_going_back_to_an_older_checkpoint_gives_the_same_end(request_of) -> Non
 
 
 def test_killed_before_the_first_checkpoint(request_of) -> None:
-    import shutil
-
     whole = Fit(request_of("whole"))
     part = Fit(request_of("part"), stop_after=2)
     shutil.rmtree(checkpoint.folder_of(part.stage.folder))
@@ -94,3 +94,32 @@ def test_held_out_loss_is_that_of_the_saved_weights(request_of, place) -> None:
         assert done.stage.heldout is not None and logged[-1] != logged[-2]
         again = evaluate(model.load(done.stage.folder), done.stage.heldout, done.config.run, World())
         assert again.losses == logged[-1]
+
+
+def test_records_after_the_save_are_written_again(request_of) -> None:
+    """Stopped right after its first save, at step 0, a run evaluates step 0 once more and logs it once."""
+    from train.metrics import read
+
+    whole = Fit(request_of("whole"))
+    part = Fit(request_of("part"), stop_after=1)
+    newest, first = checkpoint.saved(part.stage.folder)
+    assert first.name == "step_00000000"
+    shutil.rmtree(newest)
+    again = Fit(request_of("part", resume=True))
+    assert whole.losses() == again.losses() and equal(whole.tensors(), again.tensors())
+    assert [r["step"] for r in read(again.stage.folder) if r["kind"] == "eval"] == [0, 4, 8, 12]
+
+
+def test_a_plateau_ends_the_stage_early_and_survives_a_resume(request_of) -> None:
+    """A rule that counts any fall below half the loss as flat: it fires as soon as it may, then decays."""
+    sets = ("grow={when: plateau, delta: 0.5, tokens_per_param: 0.02}", "run.steps=100", "run.eval_every=2")
+    sets += ("schedule={warmup: 2, decay: 0.2}", "optim.lr=1e-3")
+    whole = Fit(request_of("whole", *sets))
+    (event,) = (r for r in whole.records if r.get("event") == "plateau")
+    # Evaluations count after warm-up (4, 6, ...): the fifth gives the first check, the third check ends.
+    assert event["step"] == 16 and whole.finished
+    assert whole.state.step == whole.state.schedule.total == 20  # and a fifth of the run is decay
+    for stop, resume in ((11, False), (17, True)):
+        Fit(request_of("parts", *sets, resume=resume), stop_after=stop)
+    parts = Fit(request_of("parts", *sets, resume=True))
+    assert equal(whole.tensors(), parts.tensors()) and whole.losses() == parts.losses()

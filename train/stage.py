@@ -1,0 +1,158 @@
+"""What a run is to be, before anything happens: configuration, data, folder and source of weights.
+
+Everything that can be refused is refused here, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import dataset
+from dataset.files import DatasetError
+from dataset.format import Dataset
+from dataset.views import View
+from model.config import load
+from model.hub import PACKAGES
+from model.schema import Config, ConfigError
+from train import checkpoint, rundir
+from train.errors import UserError
+from train.feed import micro_rows
+from train.rundir import Source
+from train.world import World
+
+DATA = Path("data/pystdlib")
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for."""
+
+    archs: list[str]
+    sets: list[str]
+    data: Path | None = None
+    run: Path | None = None
+    resume: bool = False
+    init_from: Path | None = None
+    dry_run: bool = False
+
+    def folder(self, config: Config) -> Path:
+        if self.run is None:
+            return RUNS / config.name
+        return self.run / config.name if len(self.archs) > 1 else self.run
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One architecture's run, checked and not yet begun."""
+
+    config: Config
+    data: Dataset
+    view: View
+    heldout: View | None
+    folder: Path
+    source: Source | None
+    begun: bool
+
+
+def prepare(request: Request, arch: str, world: World) -> Stage:
+    """Read and check everything; nothing is written. Raises ConfigError, DatasetError or UserError."""
+    config = load(arch, request.sets)
+    data = open_data(request.data, config)
+    view = data.view(config.run.context, seed=config.run.seed)
+    config = settle(config, data, view)
+    micro_rows(config.run, world)  # refuses a batch that does not divide among the ranks
+    folder = request.folder(config)
+    begun = rundir.exists(folder)
+    if begun and not request.dry_run:
+        rundir.check_same(folder, config, data)
+        if not request.resume:
+            status = rundir.status_of(folder)
+            where = f"{status['status']}, step {status.get('step', 0)} of {status.get('total', '?')}"
+            raise UserError(
+                f"{folder}: holds this run already ({where}); go on with it by --resume, or give another "
+                f"folder with --run"
+            )
+    source = None
+    if not begun or checkpoint.newest(folder)[0] is None:
+        source = find_source(request, config, folder)
+    if source is not None:
+        data.require(identity=source.tokenizer)
+    return Stage(config, data, view, heldout_view(config, data), folder, source, begun)
+
+
+def open_data(path: Path | None, config: Config) -> Dataset:
+    if path is None and not DATA.exists():
+        tokenizer = config.embed.from_ if config.embed.from_ in PACKAGES else next(iter(PACKAGES))
+        raise UserError(
+            f"{DATA}: no dataset there yet; make it with\n  python -m dataset prepare --source pystdlib "
+            f"--tokenizer {tokenizer} --merges 2048 --out {DATA}\nor give another one with --data"
+        )
+    return dataset.open(path or DATA)
+
+
+def settle(config: Config, data: Dataset, view: View) -> Config:
+    """Fill in what depends on the dataset: vocabulary and number of steps. Raises ConfigError."""
+    run = config.run
+    if run.steps is not None and run.tokens is not None:
+        raise ConfigError([f"{config.name}: give run.steps or run.tokens, not both"])
+    steps = run.steps
+    if steps is None:
+        tokens = run.tokens if run.tokens is not None else view.rows * run.context
+        steps = math.ceil(tokens / (run.batch * run.context))  # without either: once through the data
+    if config.vocab is not None:
+        data.require(vocab=config.vocab)
+    if config.grow.when == "plateau" and config.schedule.kind == "cosine":
+        raise ConfigError(
+            [f"{config.name}: grow.when: plateau needs a constant learning rate; set schedule.kind to wsd"]
+        )
+    return replace(config, vocab=data.vocab, run=replace(run, steps=steps, tokens=None))
+
+
+def heldout_view(config: Config, data: Dataset) -> View | None:
+    """Held-out rows in an order of their own, the same for every run; None when nothing was held out."""
+    try:
+        return data.view(config.run.context, seed=0, split="heldout")
+    except DatasetError:
+        if config.grow.when == "plateau":
+            raise
+        return None
+
+
+def find_source(request: Request, config: Config, folder: Path) -> Source | None:
+    """The weights to start from: --init-from, else `grow.from`, else none."""
+    if request.init_from is not None:
+        return rundir.source_of(request.init_from)
+    name = config.grow.from_
+    if name is None:
+        return None
+    if Path(name).is_dir():
+        return rundir.source_of(Path(name))
+    run, others = rundir.latest_complete(name, [folder.parent, RUNS])
+    if run is not None:
+        return rundir.source_of(run)
+    lines = [f"{config.name}: grow.from: no complete run of {name!r} in {folder.parent}; make it with"]
+    if others:
+        lines = [f"{config.name}: grow.from: the run {others[-1]} is not complete; finish it with"]
+    raise UserError("\n  ".join([*lines, command_for(request, name, others[-1] if others else None)]))
+
+
+def command_for(request: Request, name: str, unfinished: Path | None) -> str:
+    """The command that makes (or finishes) the run that this one needs."""
+    words = ["torchrun", "train/pretrain.py", "--arch", f"{name}.yaml"]
+    sibling = next((a for a in request.archs if Path(a).parent != Path(".")), None)
+    if sibling is not None and (Path(sibling).parent / f"{name}.yaml").is_file():
+        words[3] = str(Path(sibling).parent / f"{name}.yaml")
+    if request.data is not None:
+        words += ["--data", str(request.data)]
+    if unfinished is not None:
+        words += ["--run-dir", str(unfinished), "--resume"]
+    elif request.run is not None:
+        root = request.run if len(request.archs) > 1 else request.run.parent
+        words += ["--run-dir", str(root / name)]
+    for item in request.sets:
+        words += ["--set", item]
+    return shlex.join(words)
