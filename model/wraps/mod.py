@@ -39,7 +39,8 @@ class MixtureOfDepths(Bottleneck):
             `topk` keeps the ceil(keep * n) best of a document of n tokens, as published. That looks ahead,
             so it has no state: no generation, and no split documents.
     gate:   `sigmoid` scales what the inside changed; `straight` does not, but has the sigmoid's gradient.
-    decay:  of the moving average, per optimizer step (`upkeep`).
+    decay:  of the moving average, per optimizer step (`upkeep`). Scores drift fast early in training, and a
+            slow average then keeps far too few tokens or too many.
     width:  None or the width outside.
 
     The inside carries the kept tokens' documents, and turns rotary encodings by their original positions;
@@ -56,7 +57,7 @@ class MixtureOfDepths(Bottleneck):
         keep: float = 0.125,
         router: Literal["threshold", "topk"] = "threshold",
         gate: Literal["sigmoid", "straight"] = "sigmoid",
-        decay: float = 0.99,
+        decay: float = 0.5,
         width: int | None = None,
     ) -> None:
         super().__init__(dim)
