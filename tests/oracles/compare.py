@@ -92,6 +92,17 @@ def measure(name: str, peer: str, build, docs: Docs | None) -> Row:
     )
 
 
+def write_page(rows: list[Row]) -> None:
+    """Put the rows into the page; those of comparisons that were not run this time stay as they are."""
+    lines = {tuple(r.cells()[:3]): f"| {' | '.join(r.cells())} |" for r in rows}
+    old = PAGE.read_text().splitlines() if PAGE.is_file() else []
+    kept = [line for line in old if line.startswith("| ") and not line.startswith("| operator")]
+    table = {tuple(line[2:-2].split(" | ")[:3]): line for line in kept} | lines
+    partial = PAGE.with_suffix(".tmp")
+    partial.write_text(HEADER + "".join(f"{line}\n" for line in table.values()))
+    partial.replace(PAGE)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="")
@@ -105,6 +116,7 @@ def main() -> int:
             for docs in (None, Docs.packed(PACKED)):
                 rows.append(measure(name, peer, build, docs))
                 print("  ".join(rows[-1].cells()), flush=True)
+                write_page(rows)
     if not rows:
         print(f"no comparison's name contains {only!r}", file=sys.stderr)
         return 2
@@ -112,9 +124,7 @@ def main() -> int:
     for row in rows:
         table.add_row(*row.cells())
     Console(width=160).print(table)
-    if not only:
-        PAGE.write_text(HEADER + "".join(f"| {' | '.join(r.cells())} |\n" for r in rows))
-        print(f"written: {PAGE.relative_to(PAGE.parents[2])}")
+    print(f"written: {PAGE.relative_to(PAGE.parents[2])}")
     wrong = [r for r in rows if not max(r.output, r.state or 0, r.gradients) <= TOLERANCE]
     for r in wrong:
         print(f"out of tolerance ({TOLERANCE:g}): {r.name} against {r.peer}, {r.rows}", file=sys.stderr)
