@@ -162,7 +162,7 @@ def _lines(stream: BinaryIO, field: str) -> Iterator[Document | Damage]:
 
 def _line(line: bytes, number: int, field: str) -> Document | Damage:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
     except ValueError as error:
         return Damage(number, f"not JSON: {error}")
     if not isinstance(row, dict):

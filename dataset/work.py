@@ -117,7 +117,8 @@ class Sink:
             self.counts["dropped_by_length"] += 1
             return
         self._writers[split].add(ids, text_bytes)
-        self.counts.update(documents=1, tokens=len(ids), text_bytes=text_bytes)
+        for key, n in (("documents", 1), ("tokens", len(ids)), ("text_bytes", text_bytes)):
+            self.counts[key] += n
 
 
 def read_input(one: Input, plan: Plan, sink: Sink, seen: Seen, strict: bool) -> dict[str, Any]:
