@@ -13,7 +13,8 @@ from torch import Tensor
 from dataset.loader import Batch, Loader
 from dataset.views import View
 from model.core import Docs
-from model.schema import ConfigError, RunConfig
+from model.schema import ConfigError
+from model.sections import RunConfig
 from train.world import World
 
 MICRO_TOKENS = 8192  # tokens of a micro batch when run.micro does not say

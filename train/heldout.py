@@ -15,7 +15,7 @@ from torch import Tensor
 from dataset.views import View
 from model.heads import IGNORE, shift_targets
 from model.lm import LanguageModel
-from model.schema import RunConfig
+from model.sections import RunConfig
 from train.feed import Micro, cut
 from train.world import World, autocast
 

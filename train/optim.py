@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from model.registry import did_you_mean
-from model.schema import ConfigError, OptimConfig
+from model.schema import ConfigError
+from model.sections import OptimConfig
 
 Group = dict[str, Any]
 

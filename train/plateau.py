@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from model.schema import GrowConfig
+from model.sections import GrowConfig
 
 
 class Verdict(NamedTuple):

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from model.schema import ConfigError, ScheduleConfig
+from model.schema import ConfigError
+from model.sections import ScheduleConfig
 
 
 class Schedule:

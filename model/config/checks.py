@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from model import schema
+from model import schema, sections
 
 Found = Iterator[tuple[str | schema.Mark, str]]
 Values = dict[str, Any]
@@ -23,14 +23,14 @@ AT_LEAST: dict[type, dict[str, int]] = {
     schema.Blend: {"steps": 0, "hold": 0, "code": 0},
     schema.EmbedConfig: {"project": 1},
     schema.HeadConfig: {"shift": 0, "weight": 0},
-    schema.RunConfig: {
+    sections.RunConfig: {
         **dict.fromkeys(("steps", "tokens", "batch", "micro", "context", "eval_tokens", "log_every"), 1),
         **dict.fromkeys(("eval_every", "save_every", "keep", "seed"), 0),
     },
-    schema.OptimConfig: {"lr": 0, "eps": 0, "decay": 0, "clip": 0},
-    schema.ScheduleConfig: {"warmup": 0, "decay": 0, "final": 0},
-    schema.OuterConfig: {"every": 1},
-    schema.GrowConfig: {"delta": 0, "window": 1, "patience": 1, "tokens_per_param": 0, "head_lr": 0},
+    sections.OptimConfig: {"lr": 0, "eps": 0, "decay": 0, "clip": 0},
+    sections.ScheduleConfig: {"warmup": 0, "decay": 0, "final": 0},
+    sections.OuterConfig: {"every": 1},
+    sections.GrowConfig: {"delta": 0, "window": 1, "patience": 1, "tokens_per_param": 0, "head_lr": 0},
 }
 
 
@@ -110,8 +110,8 @@ def _onion(v: Values) -> Found:
 
 _CHECKS: dict[type, Callable[[Values], Found]] = {
     schema.Config: _config,
-    schema.RunConfig: _run,
-    schema.OptimConfig: _optim,
+    sections.RunConfig: _run,
+    sections.OptimConfig: _optim,
     schema.RepeatNode: _repeat,
     schema.MirrorNode: _mirror,
     schema.YocoSpec: _yoco,

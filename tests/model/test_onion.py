@@ -10,13 +10,13 @@ from model.schema import (
     BlockNode,
     Config,
     EmbedConfig,
-    GrowConfig,
     HeadConfig,
     OnionNode,
     QuantSpec,
     RepeatNode,
     ShellNode,
 )
+from model.sections import GrowConfig
 
 V, D, T = 61, 32, 24
 SWA = BlockNode("swa", {"head_dim": 16, "window": 5})

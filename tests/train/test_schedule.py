@@ -9,7 +9,8 @@ import statistics
 
 import pytest
 
-from model.schema import ConfigError, GrowConfig, ScheduleConfig
+from model.schema import ConfigError
+from model.sections import GrowConfig, ScheduleConfig
 from train.plateau import Plateau
 from train.schedule import Schedule
 

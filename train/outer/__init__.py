@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from model.registry import did_you_mean
-from model.schema import ConfigError, OuterConfig
+from model.schema import ConfigError
+from model.sections import OuterConfig
 from train.outer.none import NoOuter
 
 
