@@ -17,9 +17,9 @@ from model.ops.norm import RMSNorm
 class Residual(nn.Module):
     """x -> x + block(norm(x)); a `bare` block brings its own norm and residual and stands alone."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, norm_eps: float = 1e-5) -> None:
         super().__init__()
-        self.norm = None if block.bare else RMSNorm(block.dim)
+        self.norm = None if block.bare else RMSNorm(block.dim, norm_eps)
         self.block = block
 
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> State | None:

@@ -24,11 +24,11 @@ class Head(nn.Module):
     weight: its share of the training loss.
     """
 
-    def __init__(self, dim: int, config: HeadConfig) -> None:
+    def __init__(self, dim: int, config: HeadConfig, norm_eps: float = 1e-5) -> None:
         super().__init__()
         self.shift, self.weight = config.shift, config.weight
-        self.ffn = None if config.ffn is None else Residual(make_block("mlp", dim, **config.ffn))
-        self.norm = RMSNorm(dim)
+        self.ffn = None if config.ffn is None else Residual(make_block("mlp", dim, **config.ffn), norm_eps)
+        self.norm = RMSNorm(dim, norm_eps)
 
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> State | None:
         return None if self.ffn is None else self.ffn.init_state(batch, like, capacity)

@@ -59,8 +59,9 @@ class LanguageModel(nn.Module):
         self.config, self.vocab = config, vocab
         self.plan: Plan = make_plan(config)
         self.embed = Embed(vocab, config.dim, config.embed, rows, config.init_std)
-        self.bank = nn.ModuleDict({name: _build(spec) for name, spec in self.plan.modules.items()})
-        self.heads = nn.ModuleDict({name: Head(config.dim, c) for name, c in config.heads.items()})
+        eps = config.norm_eps
+        self.bank = nn.ModuleDict({name: _build(spec, eps) for name, spec in self.plan.modules.items()})
+        self.heads = nn.ModuleDict({name: Head(config.dim, c, eps) for name, c in config.heads.items()})
         self.register_buffer("progress", torch.zeros(()), persistent=False)
         visits = sum(isinstance(item, Visit) for item in self.plan.walk())
         scale_residual_outputs(self.bank, max(visits, 1))
@@ -279,10 +280,10 @@ def residual_outputs(module: nn.Module) -> list[nn.Linear]:
     return [m for m in module.modules() if isinstance(m, nn.Linear) and getattr(m, "residual_out", False)]
 
 
-def _build(spec: ModuleSpec) -> nn.Module:
+def _build(spec: ModuleSpec, norm_eps: float) -> nn.Module:
     module: nn.Module
     if spec.kind == "block":
-        module = Residual(make_block(spec.name, spec.dim, **spec.params))
+        module = Residual(make_block(spec.name, spec.dim, **spec.params), norm_eps)
     elif spec.kind == "quant":
         module = make_quantizer(spec.name, spec.dim, **spec.params)
     elif spec.kind == "wrap":

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from model.sections import GrowConfig, OptimConfig, OuterConfig, RunConfig, ScheduleConfig
 
-ARCH_KEYS = ("dim", "vocab", "embed", "stack", "heads", "init_std")  # defaults are applied to the stack
+# What decides whether weights fit (`defaults` are applied to the stack).
+ARCH_KEYS = ("dim", "vocab", "embed", "stack", "heads", "init_std", "norm_eps")
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,10 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One configuration file, resolved: an architecture and how to train it."""
+    """One configuration file, resolved: an architecture and how to train it.
+
+    norm_eps: of the RMSNorms around blocks and before the unembedding (Qwen3 has 1e-6).
+    """
 
     dim: int
     stack: list[Node]
@@ -286,6 +290,7 @@ class Config:
     embed: EmbedConfig = EmbedConfig()
     heads: dict[str, HeadConfig] = field(default_factory=lambda: {"next": HeadConfig()})
     init_std: float = 0.02
+    norm_eps: float = 1e-5
     run: RunConfig = RunConfig()
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = ScheduleConfig()

@@ -15,7 +15,7 @@ Found = Iterator[tuple[str | schema.Mark, str]]
 Values = dict[str, Any]
 
 AT_LEAST: dict[type, dict[str, int]] = {
-    schema.Config: {"dim": 1, "vocab": 1, "init_std": 0},
+    schema.Config: {"dim": 1, "vocab": 1, "init_std": 0, "norm_eps": 0},
     schema.RepeatNode: {"repeat": 1},
     schema.ShellNode: {"to": 1, "width": 1, "merge": 1},
     schema.WrapSpec: {"width": 1},
