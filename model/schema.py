@@ -10,7 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from model.sections import GrowConfig, OptimConfig, OuterConfig, RunConfig, ScheduleConfig
+from model.sections import (
+    ActivationsConfig,
+    GrowConfig,
+    LossConfig,
+    NowcastConfig,
+    OptimConfig,
+    OuterConfig,
+    RunConfig,
+    ScheduleConfig,
+    SelectConfig,
+)
 
 # What decides whether weights fit (`defaults` are applied to the stack).
 ARCH_KEYS = ("dim", "vocab", "embed", "stack", "heads", "init_std", "norm_eps")
@@ -294,6 +304,10 @@ class Config:
     run: RunConfig = RunConfig()
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    select: SelectConfig = SelectConfig()
+    activations: ActivationsConfig = field(default_factory=ActivationsConfig)
+    nowcast: NowcastConfig = NowcastConfig()
     outer: OuterConfig = OuterConfig()
     grow: GrowConfig = GrowConfig()
     wandb: Literal["off", "offline", "online"] = "off"

@@ -25,12 +25,35 @@ AT_LEAST: dict[type, dict[str, int]] = {
     schema.HeadConfig: {"shift": 0, "weight": 0},
     sections.RunConfig: {
         **dict.fromkeys(("steps", "tokens", "batch", "micro", "context", "eval_tokens", "log_every"), 1),
+        "shard": 1,
         **dict.fromkeys(("eval_every", "save_every", "keep", "seed"), 0),
+        **dict.fromkeys(("ema", "spike_sigma", "stats_every", "sample"), 0),
+        "spike_window": 8,
     },
-    sections.OptimConfig: {"lr": 0, "eps": 0, "decay": 0, "clip": 0},
+    sections.BatchWarmup: {"from": 1, "steps": 1},
+    sections.OptimConfig: {"lr": 0, "eps": 0, "decay": 0, "clip": 0, "momentum": 0},
+    sections.MupConfig: {"base": 1},
+    sections.LossConfig: {"z": 0, "gamma": 0, "alpha": 1},
+    sections.RhoConfig: {"warm": 0, "soften": 0},
+    sections.NowcastConfig: {"every": 0, "history": 2, "gate": 1},
     sections.ScheduleConfig: {"warmup": 0, "decay": 0, "final": 0},
     sections.OuterConfig: {"every": 1},
-    sections.GrowConfig: {"delta": 0, "window": 1, "patience": 1, "tokens_per_param": 0, "head_lr": 0},
+    sections.GrowConfig: {
+        "delta": 0,
+        "window": 1,
+        "patience": 1,
+        "tokens_per_param": 0,
+        "head_lr": 0,
+        "slope": 0,
+    },
+}
+
+
+OPTIMIZERS_WITH = {  # options of `optim` that only some optimizers have
+    "kahan": ("stableadamw", "lion", "adan"),
+    "release": ("stableadamw", "lion", "adan", "adalomo"),
+    "wiener": ("adamw", "stableadamw"),
+    "mup": ("adamw", "stableadamw", "lion", "adan", "adam_mini", "schedulefree"),
 }
 
 
@@ -59,12 +82,38 @@ def _config(v: Values) -> Found:
 def _run(v: Values) -> Found:
     if v.get("steps") is not None and v.get("tokens") is not None:
         yield "tokens", "give steps or tokens, not both; `steps: null` drops steps"
+    if v.get("shard") is not None and v.get("parallel", "hybrid") != "hybrid":
+        yield "shard", f"is for `parallel: hybrid`, not {v['parallel']!r}"
+    if v.get("ema", 0.0) >= 1:
+        yield "ema", f"want a decay below 1, like 0.999, got {v['ema']}"
+    warm = v.get("batch_warmup")
+    if warm is not None and "batch" in v and warm.from_ > v["batch"]:
+        yield "batch_warmup.from", f"{warm.from_} sequences are more than run.batch: {v['batch']}"
 
 
 def _optim(v: Values) -> Found:
-    betas = v.get("betas", [0.9, 0.95])
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-        yield "betas", f"want two numbers in [0, 1), got {betas}"
+    betas, name = v.get("betas", [0.9, 0.95]), v.get("name", "adamw")
+    want = 3 if name == "adan" else 2
+    if len(betas) != want or not all(0 <= b < 1 for b in betas):
+        example = ", like [0.98, 0.92, 0.99]" if want == 3 else ""
+        yield "betas", f"want {'three' if want == 3 else 'two'} numbers in [0, 1){example}, got {betas}"
+    for key, names in OPTIMIZERS_WITH.items():
+        if v.get(key) and name not in names:
+            yield key, f"the optimizer {name!r} cannot; those that can: {', '.join(names)}"
+    if v.get("release") and v.get("clip", 1.0):
+        yield "release", "there is no global gradient norm when gradients are released: set clip: 0"
+    if v.get("momentum", 0.95) >= 1:
+        yield "momentum", f"want a number in [0, 1), got {v['momentum']}"
+
+
+def _rho(v: Values) -> Found:
+    if "keep" in v and not 0 < v["keep"] <= 1:
+        yield "keep", f"want a share in (0, 1], got {v['keep']}"
+
+
+def _activations(v: Values) -> Found:
+    if v.get("bits") not in (None, 2, 4, 8):
+        yield "bits", f"want 2, 4 or 8, or null for none, got {v['bits']}"
 
 
 def _repeat(v: Values) -> Found:
@@ -112,6 +161,8 @@ _CHECKS: dict[type, Callable[[Values], Found]] = {
     schema.Config: _config,
     sections.RunConfig: _run,
     sections.OptimConfig: _optim,
+    sections.RhoConfig: _rho,
+    sections.ActivationsConfig: _activations,
     schema.RepeatNode: _repeat,
     schema.MirrorNode: _mirror,
     schema.YocoSpec: _yoco,
