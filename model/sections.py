@@ -186,10 +186,52 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class OuterConfig:
-    """The outer loop of the DiLoCo family; none: plain (data-parallel) training."""
+    """The outer loop of the DiLoCo family (train/outer/README.md); none: plain, data-parallel training.
 
-    kind: str = "none"
+    kind:     diloco and streaming: the ranks of one torchrun are the workers; async: one torchrun a worker.
+    every:    H, inner steps between two exchanges of a tensor.
+    lr, momentum, nesterov: the outer optimizer, SGD with ε and β.
+    codec:    how deltas travel: 32, 16, 8 or 4 bits a value, or only the largest (density: their share).
+    feedback: what a codec rounds away is added to the next delta.
+    offload:  outer parameters and momentum in host memory, also when training on a GPU.
+    fragments, overlap, blend: streaming alone: P parts, sent H/P steps apart; inner steps τ between send
+              and use; weight α of the local parameters when the new ones arrive.
+    The rest is for async alone:
+    server:   HOST:PORT of `python -m train serve`.   secret_file: its secret (else $LATENT_LAB_SECRET).
+    worker:   this worker's name (default: host name and run folder).
+    shards:   parts of the data; a worker takes batch / shards sequences a step from the one least visited.
+    delay:    N, pushes between two momentum updates; 0: as many as shards; 1: naive, every push at once.
+    carry:    c, share of the momentum that the pushes between take along.
+    dynamic:  steps of a dispatch follow the worker's speed (dynamic local updates).
+    grace:    seconds that the first push of a round waits for others before anybody goes on.
+    stale:    a push whose base is older than this many versions is dropped.
+    heartbeat: seconds of silence after which a worker's shard is given to another.
+    patience: seconds that a worker waits for a server that does not answer.
+    """
+
+    kind: Literal["none", "diloco", "streaming", "async"] = "none"
     every: int = 100
+    lr: float = 0.7
+    momentum: float = 0.9
+    nesterov: bool = True
+    codec: Literal["fp32", "bf16", "int8", "e3m0", "topk"] = "fp32"
+    density: float = 0.015625
+    feedback: bool = True
+    offload: bool = True
+    fragments: int = 3
+    overlap: int = 1
+    blend: float = 0.5
+    server: str | None = None
+    secret_file: str | None = None
+    worker: str | None = None
+    shards: int = 1
+    delay: int = 0
+    carry: float = 0.0
+    dynamic: bool = True
+    grace: float = 0.0
+    stale: int = 64
+    heartbeat: float = 10.0
+    patience: float = 60.0
 
 
 @dataclass(frozen=True)

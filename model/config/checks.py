@@ -37,7 +37,10 @@ AT_LEAST: dict[type, dict[str, int]] = {
     sections.RhoConfig: {"warm": 0, "soften": 0},
     sections.NowcastConfig: {"every": 0, "history": 2, "gate": 1},
     sections.ScheduleConfig: {"warmup": 0, "decay": 0, "final": 0},
-    sections.OuterConfig: {"every": 1},
+    sections.OuterConfig: {
+        **dict.fromkeys(("every", "fragments", "shards", "stale"), 1),
+        **dict.fromkeys(("lr", "momentum", "overlap", "blend", "delay", "carry", "grace", "patience"), 0),
+    },
     sections.GrowConfig: {
         "delta": 0,
         "window": 1,
@@ -116,6 +119,28 @@ def _activations(v: Values) -> Found:
         yield "bits", f"want 2, 4 or 8, or null for none, got {v['bits']}"
 
 
+def _outer(v: Values) -> Found:
+    if v.get("momentum", 0) >= 1:
+        yield "momentum", f"want a number below 1, got {v['momentum']}"
+    if not 0 < v.get("density", 1) <= 1:
+        yield "density", f"want a share in (0, 1], got {v['density']}"
+    if v.get("blend", 0) > 1 or v.get("carry", 0) > 1:
+        yield "blend", "want blend and carry in [0, 1]"
+    if v.get("heartbeat", 1) <= 0:
+        yield "heartbeat", f"want more than 0 seconds, got {v['heartbeat']}"
+    every = v.get("every", 1)
+    if v.get("kind") == "streaming":
+        if v.get("overlap", 0) >= every:
+            yield (
+                "overlap",
+                f"{v['overlap']} steps: a fragment must arrive before it is sent again (every: {every})",
+            )
+        if v.get("fragments", 1) > every:
+            yield "fragments", f"{v['fragments']} in {every} steps: at most one is sent a step"
+    if v.get("kind") == "async" and not v.get("server"):
+        yield "server", "kind: async needs the HOST:PORT of `python -m train serve`"
+
+
 def _repeat(v: Values) -> Found:
     if v.get("of") == []:
         yield "of", "is empty: nothing to repeat"
@@ -161,6 +186,7 @@ _CHECKS: dict[type, Callable[[Values], Found]] = {
     schema.Config: _config,
     sections.RunConfig: _run,
     sections.OptimConfig: _optim,
+    sections.OuterConfig: _outer,
     sections.RhoConfig: _rho,
     sections.ActivationsConfig: _activations,
     schema.RepeatNode: _repeat,
