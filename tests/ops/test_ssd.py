@@ -99,6 +99,18 @@ def test_extreme_decay_stays_finite(decay, dtype):
     assert all(torch.isfinite(t).all() for t in got.values())
 
 
+@pytest.mark.parametrize("forget", [-50.0, -3e4, -torch.inf])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_follows_forgetting_is_exact(forget, packed):
+    """After tokens that forget everything, slow decays count to fp32's precision, in every chunk of a row."""
+    ins = inputs(2, 400, 2, 4, 1, 4, dtype=torch.float32, decay=0.01)
+    with torch.no_grad():
+        ins[1][:, 60:150:2], ins[1][:, 151:170] = forget, forget
+    docs = random_docs(2, 400, 3) if packed else None
+    exact = [t.detach().double().requires_grad_() for t in ins]
+    assert_same(run(ssd, ins, docs, backend="chunked"), run(ssd, exact, docs, backend="reference"), 3e-6)
+
+
 def test_gradcheck_with_documents_and_state():
     docs = random_docs(2, 9, 4)
     ins = inputs(2, 9, 2, 2, 1, 2)

@@ -10,7 +10,8 @@ With L the running sum of log_a inside a chunk, S the state before it, and every
     S'  = e^(L_Q) S + U                                                          all chunks in one matmul
 
 (Dao & Gu 2024, https://arxiv.org/abs/2405.21060.) c.b is made once per group, not per head. Matmul
-operands are bf16 when x is, decays and their sums are fp32, fp64 stays fp64. Only inputs and the states
+operands are bf16 when x is, decays are fp32, and fp64 stays fp64. Decays are summed in fp64: a token that
+forgets everything (log_a = -50) leaves a sum whose fp32 rounding would outlive it. Only inputs and the states
 between chunks are kept for backward; decays are made again. A document that starts inside a chunk is a
 mask on every term that would cross its start.
 """
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops.documents import Documents
+
+NOTHING = -1000.0  # exp of it is 0 in fp64 too; lower decays, -inf above all, would make sums inexact
 
 
 def ssd_chunked(
@@ -59,7 +62,7 @@ def ssd_chunked(
         log_a = F.pad(log_a, (0, 0, 0, ragged))
         segments = None if segments is None else F.pad(segments, (0, ragged), value=-1)
     x, b, c = (t.to(operand) for t in (x, b, c))
-    log_a = log_a.to(_wide(operand))
+    log_a = log_a.to(_wide(operand)).clamp_min(NOTHING)
     with torch.autocast(x.device.type, enabled=False):
         y, last, _ = _ChunkedSSD.apply(x, log_a, b, c, state, segments, first, Q, want_state)
     return (y[:, :T] if ragged else y).to(dtype), last
@@ -155,7 +158,8 @@ class _Decays(NamedTuple):
 
 
 def _decays(log_a: Tensor, layout: _Layout, C: int, Q: int, operand: torch.dtype) -> _Decays:
-    a, docs = log_a.unflatten(1, (C, Q)), layout.docs
+    wide = log_a.dtype
+    a, docs = log_a.double().unflatten(1, (C, Q)), layout.docs
     if docs is None:
         L = a.cumsum(2)  # [B, C, Q, H]
         total = L[:, :, -1]  # [B, C, H]
@@ -165,10 +169,11 @@ def _decays(log_a: Tensor, layout: _Layout, C: int, Q: int, operand: torch.dtype
         total = (a * docs.tail).sum(2)
         after = _sum_in_runs(total * docs.through, docs.ends)
     Lh, after = L.transpose(2, 3), after.transpose(1, 2)
-    intra = (Lh[..., :, None] - Lh[..., None, :]).masked_fill_(~layout.intra, -torch.inf).exp_()
+    intra = (Lh[..., :, None] - Lh[..., None, :]).to(wide).masked_fill_(~layout.intra, -torch.inf).exp_()
     before = F.pad(after, (1, 0))  # [B, H, C+1]
-    carry = (before[..., :, None] - after[..., None, :]).masked_fill_(~layout.carry, -torch.inf).exp_()
-    head, tail, init, through = L.exp(), total[:, :, None] - L, before.exp(), total.exp()
+    carry = (before[..., :, None] - after[..., None, :]).masked_fill_(~layout.carry, -torch.inf)
+    carry, tail = carry.to(wide).exp_(), (total[:, :, None] - L).to(wide)
+    head, init, through = (t.to(wide).exp() for t in (L, before, total))
     if docs is None:
         tail = tail.exp()
     else:
