@@ -19,6 +19,10 @@ from typing import Any, TypeVar
 C = TypeVar("C", bound=type)
 
 
+class Branches(list[dict[str, dict[str, Any]]]):
+    """The type of a parameter that holds blocks: `[{"mamba2": {"state": 64}}, {"swa": {}}]`."""
+
+
 @dataclass(frozen=True)
 class Param:
     """One keyword parameter of a registered class: its annotation and its default."""

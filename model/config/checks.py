@@ -22,7 +22,12 @@ AT_LEAST: dict[type, dict[str, int]] = {
     schema.MemorySpec: {"head_dim": 1, "group": 1, "theta": 1},
     schema.Blend: {"steps": 0, "hold": 0, "code": 0},
     schema.EmbedConfig: {"project": 1},
-    schema.HeadConfig: {"shift": 0, "weight": 0},
+    schema.HeadConfig: {
+        "shift": 0,
+        "weight": 0,
+        **dict.fromkeys(("size", "depth", "layers", "window"), 1),
+        "codes": 2,
+    },
     sections.RunConfig: {
         **dict.fromkeys(("steps", "tokens", "batch", "micro", "context", "eval_tokens", "log_every"), 1),
         "shard": 1,
@@ -60,6 +65,17 @@ OPTIMIZERS_WITH = {  # options of `optim` that only some optimizers have
 }
 
 
+HEAD_KEYS: dict[str, tuple[str, ...]] = {  # what only some kinds of head have
+    "shift": ("single",),
+    "size": ("parallel", "mask", "var"),
+    "depth": ("chain",),
+    "layers": ("mask", "var"),
+    "window": ("chain", "mask", "var"),
+    "attn": ("chain", "mask", "var"),
+    "codes": ("var",),
+}
+
+
 def check(cls: type, values: Values) -> Found:
     """Everything that is wrong with the values of one mapping."""
     for key, low in AT_LEAST.get(cls, {}).items():
@@ -77,9 +93,20 @@ def _config(v: Values) -> Found:
         yield "stack", "is empty: want at least one block"
     if v.get("heads") == {}:
         yield "heads", "is empty: nothing would be trained; want at least one, like {next: {shift: 1}}"
+    elif v.get("heads") and all(h.kind in ("chain", "mask", "var") for h in v["heads"].values()):
+        yield "heads", "need one that says the next token, like {next: {shift: 1}}; the others only draft"
     embed = v.get("embed")
     if embed is not None and "dim" in v and embed.project not in (None, v["dim"]):
         yield "embed.project", f"{embed.project} is not dim: {v['dim']}; both are the width of the model"
+
+
+def _head(v: Values) -> Found:
+    kind = v.get("kind", "single")
+    for key, kinds in HEAD_KEYS.items():
+        if key in v and v[key] != getattr(schema.HeadConfig, key, None) and kind not in kinds:
+            yield key, f"is for the kinds {', '.join(kinds)}, and this head is {kind}"
+    if kind in ("parallel", "mask", "var") and (v.get("ffn") or {}).get("act") == "rwkv":
+        yield "ffn", f"act: rwkv looks at the token before, which a {kind} head does not keep"
 
 
 def _run(v: Values) -> Found:
@@ -184,6 +211,7 @@ def _onion(v: Values) -> Found:
 
 _CHECKS: dict[type, Callable[[Values], Found]] = {
     schema.Config: _config,
+    schema.HeadConfig: _head,
     sections.RunConfig: _run,
     sections.OptimConfig: _optim,
     sections.OuterConfig: _outer,

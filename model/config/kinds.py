@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, Literal
 
 from model.config.yamlnodes import Yaml
-from model.registry import BLOCKS
+from model.registry import BLOCKS, Branches
 from model.schema import BlockNode, Node, QuantSpec
 
 FORMS: dict[str, type] = {
@@ -30,6 +30,11 @@ def is_nested(name: str, kind: Any) -> bool:
     """Whether a parameter of that name and type holds the parameters of another block."""
     kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     return name in BLOCKS.names() and any((typing.get_origin(k) or k) in (dict, Mapping) for k in kinds)
+
+
+def is_branches(kind: Any) -> bool:
+    """Whether a parameter of that type holds a list of blocks."""
+    return Branches in (kind, *typing.get_args(kind))
 
 
 def called(kind: Any) -> str:

@@ -3,11 +3,8 @@
 Grammar. Every member of the union `schema.Node` but BlockNode is a form, known by its first field's name
 (`repeat`, `use`, `onion`): a new form is one dataclass there. Lists inside lists are flattened.
 
-Block parameters are checked against the signature of the registered class, over the file's
-`defaults: {name: {...}}`. A dict-typed parameter that is called like a registered block (`mamba2` of
-`samba`) *is* that block's parameters: it takes the defaults of that name and is checked against it. Every
-block is then built once on the meta device, at the width where it stands, and its ValueError is reported at
-the node. A dataclass field with `metadata={"block": name}` holds parameters of that block.
+Parameters of blocks, quantizers and wraps are read by `model.config.params`. A dataclass field with
+`metadata={"block": name}` holds parameters of that block.
 """
 
 from __future__ import annotations
@@ -19,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from typing import Any, Literal
 
-import torch
-
 from model.config.checks import check
 from model.config.kinds import (
     FORMS,
@@ -29,40 +24,26 @@ from model.config.kinds import (
     called,
     default,
     flat,
-    is_nested,
     is_node,
     leaves,
-    over,
     peek,
 )
+from model.config.params import FAIL, ParamReader
 from model.config.sources import Errors
 from model.config.yamlnodes import Yaml, join
 from model.registry import BLOCKS, QUANTIZERS, WRAPS, Registry, did_you_mean
 from model.schema import BlockNode, BySpec, Config, Mark, QuantSpec, ShellNode, UseNode, WrapSpec
 
 CHOICES: dict[type, Registry] = {QuantSpec: QUANTIZERS, BySpec: WRAPS}  # `name` or `{name: params}`
-RESERVED = {"channels": "`to` of the shell", "width": "`width` of the wrap"}  # what the grammar sets
-FAIL: Any = type("Fail", (), {"__repr__": lambda self: "FAIL"})()  # an error was reported; never a value
 
 
-def _whole(values: dict[str, Any], node: Yaml) -> bool:
-    """Whether everything in a mapping could be read."""
-    return isinstance(node.value, dict) and len(values) == len(node.value)
-
-
-class Reader:
+class Reader(ParamReader):
     """Values from nodes. Every method returns the value, or FAIL after reporting why."""
 
     def __init__(self, errors: Errors) -> None:
-        self.errors = errors
-        self.defaults: dict[str, dict[str, Any]] = {}
-        self.width: int | None = None  # of the stream where the reader is, if known
+        super().__init__(errors)
         self.labels: dict[str, Mark] = {}
         self.uses: list[UseNode] = []
-
-    def fail(self, node: Yaml | Mark, path: str, message: str) -> Any:
-        self.errors.report(node.mark if isinstance(node, Yaml) else node, path, message)
-        return FAIL
 
     def config(self, root: Yaml, name: str) -> Any:
         """The whole file. Defaults are read first, because every block builds on them."""
@@ -88,7 +69,7 @@ class Reader:
                 known = BLOCKS.names() + QUANTIZERS.names() + WRAPS.names()
                 self.fail(node.keys[name], path, f"no block called {name!r}{did_you_mean(name, known)}")
             elif params.value is not None:
-                self.defaults[name] = self._typed(registry, name, params, path)
+                self.defaults[name] = self.typed(registry, name, params, path)
 
     # -- types
 
@@ -207,11 +188,11 @@ class Reader:
         if isinstance(out, ShellNode):
             params = {**out.quant.params, "channels": out.to}
             at = node.value.get("quant", node)
-            if not self._valid(QUANTIZERS, out.quant.name, params, at, out.quant.mark.path):
+            if not self.valid(QUANTIZERS, out.quant.name, params, at, out.quant.mark.path):
                 return FAIL
         if isinstance(out, WrapSpec):
             params = {**out.by.params, "width": out.width}
-            if not self._valid(WRAPS, out.by.name, params, node.value["by"], out.by.mark.path):
+            if not self.valid(WRAPS, out.by.name, params, node.value["by"], out.by.mark.path):
                 return FAIL
         return out
 
@@ -224,7 +205,7 @@ class Reader:
             block = field.metadata.get("block")
             if child is not None and (child.value is not None or admits_null(kind)):
                 if block is not None and child.value is not None:
-                    values[key] = self._params(BLOCKS, block, child, at)
+                    values[key] = self.params(BLOCKS, block, child, at)
                 else:
                     values[key] = self.value(kind, child, at)
             elif field.default is MISSING and field.default_factory is MISSING:
@@ -286,7 +267,7 @@ class Reader:
                 at, path, f"no block called {name!r}{did_you_mean(name, [*BLOCKS.names(), *FORMS])}"
             )
         path = join(path, name)
-        values = self._params(BLOCKS, name, params, path)
+        values = self.params(BLOCKS, name, params, path)
         if values is FAIL or as_ is FAIL:
             return FAIL
         return BlockNode(name, values, as_, replace(at, path=path))
@@ -294,90 +275,16 @@ class Reader:
     def choice(self, kind: type, node: Yaml, path: str) -> Any:
         """`int8`, `{fsq: {levels: 8}}`, or null, which is the quantizer `none`."""
         registry = CHOICES[kind]
-        value = "none" if node.value is None and kind is QuantSpec else node.value
-        if isinstance(value, dict) and len(value) == 1:
-            name, params = next(iter(value.items()))
-            at = node.keys[name]
-        elif isinstance(value, str):
-            name, params, at = value, Yaml({}, node.mark), node.mark
-        else:
-            got = f"the keys {list(value)}" if isinstance(value, dict) else node.show()
-            return self.fail(node, path, f"want one {registry.kind}, `name` or `name: {{...}}`, got {got}")
+        if node.value is None and kind is QuantSpec:
+            node = Yaml("none", node.mark)
+        found = self.named(registry, node)
+        if isinstance(found, str):
+            want = f"want one {registry.kind}, `name` or `name: {{...}}`"
+            return self.fail(node, path, f"{want}, got {found}")
+        name, params, at = found
         if name not in registry.names():
             hint = did_you_mean(name, registry.names())
             return self.fail(at, path, f"no {registry.kind} called {name!r}{hint}")
-        if params.value is None:
-            params = Yaml({}, params.mark)
         path = join(path, name)
-        values = self._params(registry, name, params, path)
+        values = self.params(registry, name, params, path)
         return FAIL if values is FAIL else kind(name, values, replace(at, path=path))
-
-    # -- parameters of registered classes
-
-    def _params(self, registry: Registry, name: str, node: Yaml, path: str) -> Any:
-        """Typed parameters over the file's defaults, checked by the class itself."""
-        given = self._typed(registry, name, node, path)
-        if not _whole(given, node):
-            return FAIL
-        values = self._filled(registry, name, given)
-        good = registry is not BLOCKS or self._valid(registry, name, values, node, path)
-        return values if good else FAIL
-
-    def _typed(self, registry: Registry, name: str, node: Yaml, path: str) -> dict[str, Any]:
-        """What was written, typed; what failed is reported and left out."""
-        if not isinstance(node.value, dict):
-            self.fail(node, path, f"want a mapping of parameters, got {node.show()}")
-            return {}
-        known = registry.params(name)
-        open_ = {k: p for k, p in known.items() if registry is BLOCKS or k not in RESERVED}
-        out: dict[str, Any] = {}
-        for key, child in node.value.items():
-            at = join(path, key)
-            if key in known and key not in open_:
-                self.fail(node.keys[key], path, f"{key!r} is set by {RESERVED[key]}")
-            elif key not in known:
-                self.fail(node.keys[key], path, f"unknown key {key!r}{did_you_mean(key, open_)}")
-            elif child.value is None and not admits_null(known[key].type):
-                out[key] = known[key].default
-            elif child.value is not None and is_nested(key, known[key].type):
-                inner = self._typed(BLOCKS, key, child, at)
-                out[key] = inner if _whole(inner, child) else FAIL
-            else:
-                out[key] = self.value(known[key].type, child, at)
-        return {key: value for key, value in out.items() if value is not FAIL}
-
-    def _filled(
-        self, registry: Registry, name: str, given: dict[str, Any], within: tuple[str, ...] = ()
-    ) -> dict[str, Any]:
-        """The file's defaults with `given` on top, down into the blocks inside a composite."""
-        out = over(self.defaults.get(name, {}), given)
-        for key, param in registry.params(name).items():
-            if key in (*within, name) or not is_nested(key, param.type):
-                continue
-            if key in out and out[key] is None:
-                continue
-            inner = self._filled(BLOCKS, key, out.get(key, {}), (*within, name))
-            if inner or key in out:
-                out[key] = inner
-        return out
-
-    def _valid(self, registry: Registry, name: str, values: dict[str, Any], node: Yaml, path: str) -> bool:
-        """Whether the class, and first the blocks inside a composite, can be built at the width here."""
-        if self.width is None:
-            return True
-        good = True
-        for key, param in registry.params(name).items():
-            if is_nested(key, param.type) and values.get(key):
-                good = self._valid(BLOCKS, key, values[key], node, join(path, key)) and good
-        if not good:
-            return False
-        try:
-            with torch.device("meta"):  # shapes without memory
-                registry.get(name)(self.width, **values)
-        except (ValueError, ArithmeticError, RuntimeError, TypeError) as error:
-            message = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if "meta tensors" in message:  # it wants real numbers: building the model will tell
-                return True
-            self.fail(node, path, message)
-            return False
-        return True

@@ -34,6 +34,15 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"params": {"head_dim": 8, "state": 4, "groups": 2, "chunk": 8}},
         {"params": {"head_dim": 16, "state": 3, "chunk": 5, "dt_limit": [0.001, 0.5]}},
     ],
+    "mix": [
+        {"params": {"of": [{"mamba2": {"head_dim": 16, "state": 3}}, {"deltanet": {"heads": 2, "conv": 2}}]}},
+        {
+            "params": {
+                "of": [{"gla": {"heads": 2}}, {"swa": {"head_dim": 16, "window": 5}}],
+                "combine": "sum",
+            }
+        },
+    ],
     "mlp": [{"params": {"act": act}} for act in ("swiglu", "gelu", "relu2", "rwkv")],
     "samba": [
         {
