@@ -7,8 +7,10 @@ This module knows no concrete block. Everything else is built from these types.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -206,7 +208,7 @@ class Cost:
 # ----------------------------------------------------------------------------- modules
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """A map [B, T, D] -> [B, T, D] with a state that goes in and comes out.
 
     Every block builds from `dim` alone; every other parameter is keyword-only with a default.
@@ -215,12 +217,14 @@ class Block(nn.Module):
     Gradients flow through both. Any split of T, inside a document too, gives the same y and final
     state. A returned state is freshly laid out, aliases nothing, and is consumed when passed on.
 
-    bare:     the block has its own norms and residuals, so the combinator adds none.
-    no_decay: names of own parameters that take no weight decay besides those of dimension < 2.
+    bare:       the block has its own norms and residuals, so the combinator adds none.
+    no_decay:   names of own parameters that take no weight decay besides those of dimension < 2.
+    row_groups: {name of an own matrix: equal blocks of its rows that belong together}, like heads.
     """
 
     bare: bool = False
     no_decay: tuple[str, ...] = ()
+    row_groups: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -234,15 +238,16 @@ class Block(nn.Module):
         """
         return None
 
+    @abstractmethod
     def forward(self, x: Tensor, state: State | None = None, ctx: Ctx | None = None) -> Step:
-        raise NotImplementedError(f"{type(self).__name__}.forward")
+        """x [B, T, D] -> y [B, T, D]."""
 
     def cost(self, T: int) -> Cost:
         """Cost of one visit over T tokens of one document, beyond the Linears'."""
         return Cost()
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(nn.Module, ABC):
     """A bracket that changes width or length: `enter` ... `exit`; siblings never see another T or D.
 
     It is called with the half's name, `q("enter", x, ...)`, because FSDP2 hooks `__call__` alone.
@@ -269,13 +274,15 @@ class Bottleneck(nn.Module):
             return self.exit(*args, **kwargs)
         raise ValueError(f"a bottleneck has the halves 'enter' and 'exit', not {half!r}")
 
+    @abstractmethod
     def enter(self, x: Tensor, state: State | None = None, ctx: Ctx | None = None) -> Entered:
-        raise NotImplementedError(f"{type(self).__name__}.enter")
+        """x [B, T, D] -> the code, and what `exit` needs."""
 
+    @abstractmethod
     def exit(
         self, code: Tensor, saved: Any = None, state: State | None = None, ctx: Ctx | None = None
     ) -> Step:
-        raise NotImplementedError(f"{type(self).__name__}.exit")
+        """code -> y [B, T, D]; saved: from `enter`."""
 
     def upkeep(self) -> None:
         """What it needs after the optimizer's step; called on every rank. Nothing by default."""

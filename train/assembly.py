@@ -11,9 +11,11 @@ from model.config import arch_digest
 from model.lm import LanguageModel
 from model.schema import Config
 from train import checkpoint, optim, outer, rundir
+from train.optim import mup
 from train.plateau import Plateau
 from train.rundir import Source
 from train.schedule import Schedule
+from train.sharding import parallel
 from train.stage import Stage
 from train.state import TrainState, load_model
 from train.world import World
@@ -36,12 +38,17 @@ def assemble(stage: Stage, world: World) -> tuple[TrainState, grow.Growth | None
     lm.to(world.device)
     if config.run.compile:
         lm.compile_blocks()
+    if config.optim.kahan:
+        optim.narrow(lm)
+    width, decay = mup.scales(lm, config)
+    forward = parallel(lm, config.run, world)  # the optimizer must get the parameters as they are cut here
     assert config.run.steps is not None  # settled
-    optimizer = optim.build(lm, config.optim, lm.no_decay(), scales)
+    rates = {n: scales.get(n, 1.0) * width.get(n, 1.0) for n in scales.keys() | width.keys()}
+    optimizer = optim.build(lm, config.optim, lm.no_decay(), rates, decay)
     trainable = sum(p.numel() for p in optim.parameters(optimizer))
     state = TrainState(
         lm,
-        world.parallel(lm),
+        forward,
         optimizer,
         Schedule(config.schedule, config.run.steps),
         Plateau.of(config.grow, trainable),

@@ -10,7 +10,7 @@ from typing import Any
 from dataset.views import View
 from model.config import dumps
 from model.schema import Config
-from train import checkpoint
+from train import checkpoint, optim
 from train.heldout import Scores, evaluate
 from train.meter import StepResult
 from train.metrics import Log
@@ -81,7 +81,8 @@ class RunHooks:
         if self.heldout is None:
             return
         state.model.advance(state.step, state.step / state.schedule.total)
-        scores = evaluate(state.model, self.heldout, self.config.run, self.world)
+        with optim.averaged(state.optimizer):
+            scores = evaluate(state.model, self.heldout, self.config.run, self.world)
         fields: dict[str, Any] = {"tokens": state.tokens, "origin": state.origin, "loss": scores.loss}
         fields |= {"losses": scores.losses, "bpb": scores.bpb, "stats": scores.stats}
         self.log.write("eval", state.step, **fields)
@@ -106,13 +107,8 @@ class RunHooks:
 
     def save(self, state: TrainState) -> None:
         run = self.config.run
-        self.world.on_main(
-            lambda: str(
-                checkpoint.save(
-                    self.run, state.step, state.model_tensors(), state.state_dict(), self._text, run.keep
-                )
-            )
-        )
+        tensors, rest = state.model_tensors(), state.state_dict()
+        checkpoint.save(self.run, state.step, tensors, rest, self._text, run.keep, self.world)
         self.log.write("event", state.step, event="save")
 
     def stopping(self) -> bool:

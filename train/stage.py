@@ -105,6 +105,12 @@ def settle(config: Config, data: Dataset, view: View) -> Config:
         steps = math.ceil(tokens / (run.batch * run.context))  # without either: once through the data
     if config.vocab is not None:
         data.require(vocab=config.vocab)
+    if config.optim.name == "schedulefree" and config.schedule.kind != "constant":
+        raise ConfigError(
+            [f"{config.name}: optim.name: schedulefree replaces the decay; set schedule.kind to constant"]
+        )
+    if config.optim.kahan and run.precision != "bf16":
+        raise ConfigError([f"{config.name}: optim.kahan: weights in bf16 need run.precision: bf16"])
     if config.grow.when == "plateau" and config.schedule.kind == "cosine":
         raise ConfigError(
             [f"{config.name}: grow.when: plateau needs a constant learning rate; set schedule.kind to wsd"]

@@ -20,6 +20,7 @@ from train.meter import Meter
 from train.outer import Outer
 from train.plateau import Plateau
 from train.schedule import Schedule
+from train.sharding import like
 
 
 @dataclass
@@ -45,7 +46,10 @@ class TrainState:
     skipped_in_a_row: int = 0
 
     def model_tensors(self) -> dict[str, Tensor]:
-        return dict(self.model.state_dict())
+        """The model by name, as it is evaluated and saved: of a schedule-free optimizer the average."""
+        with optim.averaged(self.optimizer) as swapped:
+            tensors = dict(self.model.state_dict())
+            return {n: t.clone() for n, t in tensors.items()} if swapped else tensors
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dicts and lists of tensors and JSON values: all but the model's own tensors."""
@@ -90,4 +94,4 @@ def load_model(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(f"{where}: is of another model: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(tensors)
+    model.load_state_dict({n: like(tensors[n], t) for n, t in own.items()})

@@ -8,6 +8,7 @@ Parameter names are those of flash-linear-attention's layers.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.blocks._gate import head_gate
 from model.core import Block, Cost, at_least_fp32
 from model.ops.conv import causal_conv
 from model.ops.documents import Documents
@@ -67,6 +69,7 @@ class LinearMixer(Block):
     """Projections, optional short convolutions, and the state of a linear-attention block.
 
     heads, head_dim: one of them; head_dim is V, the width of a value head, H = expand_v * dim / V.
+    gate: a learned gate per head and token before the output matrix; see `model.blocks._gate`.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class LinearMixer(Block):
         conv: int,
         backend: str,
         conv_backend: str,
+        gate: bool = False,
     ) -> None:
         super().__init__(dim)
         self.heads, self.backend, self.conv_backend = heads, backend, conv_backend
@@ -96,6 +100,8 @@ class LinearMixer(Block):
             self.v_conv1d = ShortConv(values, conv)
         self.o_proj = nn.Linear(values, dim, bias=False)
         self.o_proj.residual_out = True  # type: ignore[assignment]
+        self.head_gate = head_gate(gate, dim, heads)
+        self.row_groups = {"q_proj.weight": heads, "k_proj.weight": heads}
 
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> LinearState:
         conv = tuple(like.new_zeros(batch, c, self.conv_width - 1) for c in self._conv_channels())
@@ -126,9 +132,9 @@ class LinearMixer(Block):
         recurrent = self.heads * self.key_width * self.value_width
         return float(conv + recurrent * at_least_fp32(weight.dtype).itemsize)
 
+    @abstractmethod
     def flops(self, T: int) -> int:
         """Matmul flops of the operator over one row."""
-        raise NotImplementedError(f"{type(self).__name__}.flops")
 
     def cost(self, T: int) -> Cost:
         """FLOPs of the chunk form's matmuls; convolutions and decays are elementwise and not counted."""

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from model.blocks._gate import gated, head_gate
 from model.core import Block, Cost, Ctx, Docs, State, Step, docs_of, rotary_positions
 from model.ops.attention import attend
 from model.ops.attention.cache import Cache, empty_cache, extend
@@ -46,6 +47,7 @@ class Attention(Block):
               start as the identity; 0 is none.
     sinks:    one learned logit per head that joins every softmax and carries no value, so that a head may
               attend to nothing (gpt-oss).
+    gate:     a learned gate per head and token on what the head read; see `model.blocks._gate`.
     backend:  of `model.ops.attention`; a named one never falls back.
 
     State: the keys and values of each row's last document, `GrowingKV` or, with a capacity, `FixedKV`;
@@ -67,6 +69,7 @@ class Attention(Block):
         qk_norm: bool = False,
         conv: int = 0,
         sinks: bool = False,
+        gate: bool = False,
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
@@ -87,10 +90,12 @@ class Attention(Block):
         self.v_proj = nn.Linear(dim, self.kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, dim, bias=False)
         self.o_proj.residual_out = True  # type: ignore[assignment]
+        self.row_groups = {"q_proj.weight": heads, "k_proj.weight": self.kv_heads}
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.sinks = nn.Parameter(torch.zeros(heads)) if sinks else None
         self.conv_weight = nn.Parameter(self._identity_taps(conv)) if conv else None
+        self.head_gate = head_gate(gate, dim, heads)
 
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> State:
         widths = self.head_dim, self.head_dim
@@ -119,9 +124,8 @@ class Attention(Block):
         y = attend(
             q, **view._asdict(), window=self.window, slopes=slopes, sinks=self.sinks, backend=self.backend
         )
-        return Step(
-            self.o_proj(y.flatten(2)), after if after is None or conv is None else ConvKV(after, conv)
-        )
+        y, aux = gated(self.head_gate, y.flatten(2), x, ctx)
+        return Step(self.o_proj(y), after if after is None or conv is None else ConvKV(after, conv), aux)
 
     def _project(
         self, x: Tensor, stateful: bool, conv: Tensor | None, docs: Docs | None

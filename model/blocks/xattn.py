@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from model.blocks._gate import gated, head_gate
 from model.core import Block, Cost, Ctx, Docs, Memory, State, Step, docs_of, rotary_positions
 from model.ops.attention import Places, attend
 from model.ops.attention.cache import empty_cache, extend
@@ -80,6 +81,7 @@ class CrossAttention(Block):
     head_dim: K, the memory's; None takes that, or outside a plan the largest that divides 64 and the width.
     heads:    H, a multiple of the memory's G; None is dim / head_dim.
     sinks:    one learned logit per head that joins every softmax and carries no value.
+    gate:     as for the block `attention`.
 
     No state: the memory has it.
     Raises ValueError without a memory, or when its heads do not fit.
@@ -94,6 +96,7 @@ class CrossAttention(Block):
         head_dim: int | None = None,
         heads: int | None = None,
         sinks: bool = False,
+        gate: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__(dim)
@@ -104,7 +107,9 @@ class CrossAttention(Block):
         self.q_proj = nn.Linear(dim, self.heads * head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * head_dim, dim, bias=False)
         self.o_proj.residual_out = True  # type: ignore[assignment]
+        self.row_groups = {"q_proj.weight": self.heads}
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if sinks else None
+        self.head_gate = head_gate(gate, dim, self.heads)
 
     def forward(self, x: Tensor, state: State | None = None, ctx: Ctx | None = None) -> Step:
         memory = None if ctx is None else ctx.memory
@@ -121,7 +126,8 @@ class CrossAttention(Block):
             q, k.to(q.dtype), v.to(q.dtype), docs=docs, at=at, key_at=key_at, sinks=self.sinks,
             backend=self.backend,
         )  # fmt: skip
-        return Step(self.o_proj(y.flatten(2)), state)
+        y, aux = gated(self.head_gate, y.flatten(2), x, ctx)
+        return Step(self.o_proj(y), state, aux)
 
     def cost(self, T: int) -> Cost:
         """FLOPs of the products over a memory of the same T tokens, those under the mask included."""

@@ -140,7 +140,8 @@ class Fit:
         """Parameters and optimizer moments by name."""
         out = {f"model/{n}": t.clone() for n, t in self.state.model_tensors().items()}
         for name, moments in self.state.state_dict()["optimizer"].items():
-            out |= {f"optim/{name}/{k}": v.clone() for k, v in moments.items()}
+            kept = {k: torch.as_tensor(v) for k, v in moments.items() if v is not None}
+            out |= {f"optim/{name}/{k}": v.clone() for k, v in kept.items()}
         return out
 
     def losses(self) -> list[tuple]:
