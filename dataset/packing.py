@@ -6,6 +6,7 @@ Shape legend: b rows  C context  N documents in the batch.
 from __future__ import annotations
 
 import bisect
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +40,7 @@ Segment = tuple[int, int, int, int, int]
 _Gathered = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
 
 
-class Rows:
+class Rows(ABC):
     """Rows of one split. Subclasses say which ids a row is made of.
 
     rows: an epoch's. dropped_tokens: ids left out. Masks and sidecar values follow their ids.
@@ -77,9 +78,9 @@ class Rows:
                 side[row, at : at + n] = self.sidecar.values(shards[k])[lo : lo + n]
         return tokens, mask, side
 
+    @abstractmethod
     def read(self, rows: np.ndarray, dtype: np.dtype | type = np.int64) -> Arrays:
         """Rows by number, int64 [b] -> Arrays."""
-        raise NotImplementedError  # pragma: no cover - abstract
 
 
 class ConcatRows(Rows):

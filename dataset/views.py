@@ -9,6 +9,7 @@ batch G holds samples s*G .. (s+1)*G, cut into `world` equal runs. So every worl
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def local_samples(step: int, global_batch: int, rank: int, world: int) -> np.nda
     return np.arange(first, first + b, dtype=np.int64)
 
 
-class Samples:
+class Samples(ABC):
     """Anything that gives rows by sample number: a view, a mixture, a length schedule.
 
     id: hash of all that decides the batches. context: C. text_bytes: int32 [vocab], text bytes of every id.
@@ -56,9 +57,9 @@ class Samples:
     tokenizer_identity: str
     side_kind: str | None = None
 
+    @abstractmethod
     def arrays(self, samples: np.ndarray, dtype: np.dtype | type = np.int64) -> Arrays:
         """The rows of some sample numbers (int64 [b], increasing), as numpy."""
-        raise NotImplementedError  # pragma: no cover - abstract
 
     def step_arrays(self, step: int, global_batch: int, rank: int, world: int, dtype=np.int64) -> Arrays:
         """The rows of `rank` at `step`."""

@@ -12,6 +12,7 @@ bracket starts near the identity on the channels it keeps.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -73,20 +74,20 @@ class Quantizer(Bottleneck):
         """The smooth part of the map onto the grid, whose gradient `quantize` has; here none."""
         return z
 
+    @abstractmethod
     def quantize(self, z: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Aux]:
         """z [B, T, C] -> (z_q [B, T, C] on the grid, by-products). Gradients pass straight through.
 
         keep: [B, T] bool, tokens that count in statistics and losses; None is all of them.
         """
-        raise NotImplementedError(f"{type(self).__name__}.quantize")
 
+    @abstractmethod
     def encode_z(self, z: Tensor) -> Tensor:
         """z [..., C] -> codes, int64 [..., K]."""
-        raise NotImplementedError(f"{type(self).__name__}.encode_z")
 
+    @abstractmethod
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Codes [..., K] -> their grid values [..., C], fp32."""
-        raise NotImplementedError(f"{type(self).__name__}.decode_codes")
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> codes, int64 [B, T, K]: what to store. K is C for a quantizer of channels."""
@@ -94,9 +95,9 @@ class Quantizer(Bottleneck):
             return self.encode_z(self.down(x))
 
     @property
+    @abstractmethod
     def bits_per_token(self) -> float:
         """What a token's codes take when each is written in full."""
-        raise NotImplementedError(f"{type(self).__name__}.bits_per_token")
 
 
 def upkeep(model: nn.Module) -> None:
