@@ -10,6 +10,8 @@
 
 A save writes `step_N.tmp`, forces it to the disk and renames it, so a folder with the final name is whole;
 an existing folder is never written to. A load checks every hash and falls back to the one before.
+Tensors that are cut among ranks are written by all of them (`train.shards`) into the same files, so a
+checkpoint does not know how many ranks made it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dataset.files import read_json, sync_folder, write_bytes, write_json
+from train import shards
 from train.errors import CheckpointError, disk_full, is_disk_full
+from train.sharding import any_sharded, bytes_of
+from train.world import ALONE, World
 
 NAME = re.compile(r"step_(\d{8})")
 MODEL, TRAIN, REST, CONFIG, MANIFEST = (
@@ -58,46 +63,75 @@ def folder_of(run: Path) -> Path:
     return run / "checkpoints"
 
 
-def save(run: Path, step: int, model: Mapping[str, Tensor], train: Any, config: str, keep: int) -> Path:
-    """Write the checkpoint of `step` and drop all but the newest `keep` + 1.
+def save(
+    run: Path,
+    step: int,
+    model: Mapping[str, Tensor],
+    train: Any,
+    config: str,
+    keep: int,
+    world: World = ALONE,
+) -> Path:
+    """Write the checkpoint of `step` and drop all but the newest `keep` + 1. Called on every rank.
 
     Raises DiskFull, with everything that was there before untouched.
     """
     root = folder_of(run)
     final, tmp = root / f"step_{step:08d}", root / f"step_{step:08d}.tmp"
-    if final.is_dir():
-        with contextlib.suppress(CheckpointError):
-            verify(final)
-            return final
-        _set_aside(final)
     tensors: dict[str, Tensor] = {}
     rest = _split(train, "", tensors)
-    need = sum(t.numel() * t.element_size() for t in [*model.values(), *tensors.values()]) + SLACK
+    need = bytes_of([*model.values(), *tensors.values()]) + SLACK
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        tidy(run)
-        if shutil.disk_usage(root).free < need:
-            raise disk_full(final, need)
-        tmp.mkdir()
-        save_file({name: t.detach().contiguous() for name, t in model.items()}, tmp / MODEL)
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, tmp / TRAIN)
-        (tmp / REST).write_text(json.dumps(rest))
-        (tmp / CONFIG).write_text(config)
-        files = {name: _fingerprint(tmp / name, sync=True) for name in (MODEL, TRAIN, REST, CONFIG)}
-        (tmp / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
-        _sync(tmp / MANIFEST)
-        sync_folder(tmp)
-        os.rename(tmp, final)
-        sync_folder(root)
-        write_bytes(root / "latest", final.name.encode())
+        if world.on_main(lambda: _make_room(run, final, tmp, need)):
+            return final
+        parts = {MODEL: model, TRAIN: tensors}
+        if any_sharded([*model.values(), *tensors.values()]):
+            for name, part in parts.items():
+                shards.write(part, tmp / name, world)
+            parts = {}
+        world.on_main(lambda: _finish(final, tmp, step, parts, rest, config))
     except Exception as error:
-        shutil.rmtree(tmp, ignore_errors=True)
+        if world.main:
+            shutil.rmtree(tmp, ignore_errors=True)
         if is_disk_full(error):
             raise disk_full(final, need) from error
         raise
-    for old in saved(run)[keep + 1 :]:
-        _remove(old)
+    if world.main:
+        for old in saved(run)[keep + 1 :]:
+            _remove(old)
     return final
+
+
+def _make_room(run: Path, final: Path, tmp: Path, need: int) -> bool:
+    """Whether the checkpoint is there already; otherwise `tmp` is empty and the disk has room for it."""
+    if final.is_dir():
+        with contextlib.suppress(CheckpointError):
+            verify(final)
+            return True
+        _set_aside(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    tidy(run)
+    if shutil.disk_usage(final.parent).free < need:
+        raise disk_full(final, need)
+    tmp.mkdir()
+    return False
+
+
+def _finish(
+    final: Path, tmp: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], rest: Any, config: str
+) -> None:
+    """Write what is not written yet, force everything to the disk, and give the folder its name."""
+    for name, tensors in parts.items():
+        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, tmp / name)
+    (tmp / REST).write_text(json.dumps(rest))
+    (tmp / CONFIG).write_text(config)
+    files = {name: _fingerprint(tmp / name, sync=True) for name in (MODEL, TRAIN, REST, CONFIG)}
+    (tmp / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+    _sync(tmp / MANIFEST)
+    sync_folder(tmp)
+    os.rename(tmp, final)
+    sync_folder(final.parent)
+    write_bytes(final.parent / "latest", final.name.encode())
 
 
 def saved(run: Path) -> list[Path]:
@@ -143,10 +177,20 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
 
 
+def is_weights_alone(folder: Path) -> bool:
+    """Whether the folder holds a model and nothing of its training, as `python -m model import` makes it."""
+    there = [(folder / name).is_file() for name in (CONFIG, MODEL, MANIFEST)]
+    return there == [True, True, False]
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The model's tensors alone, every hash checked. Raises CheckpointError."""
-    verify(path)
-    return load_file(path / MODEL)
+    """The model's tensors alone, every hash checked where there are hashes. Raises CheckpointError."""
+    if not is_weights_alone(path):
+        verify(path)
+    try:
+        return load_file(path / MODEL)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path / MODEL}: cannot be read ({error})") from None
 
 
 def record(run: Path, name: str, value: Any) -> None:

@@ -30,8 +30,9 @@ from train import checkpoint
 from train.errors import CheckpointError, UserError, disk_full, is_disk_full
 
 CONFIG, ABOUT, STATUS, TOKENIZER = "config.yaml", "run.json", "status.json", "tokenizer.json"
-# Keys that change what is written and when, but no number of the training: they may differ on --resume.
-FREE = ("wandb", "run.log_every", "run.save_every", "run.keep")
+# Keys that change what is written and when, or only where the same sums are formed: they may differ on
+# --resume, as the number of ranks may.
+FREE = ("wandb", "run.log_every", "run.save_every", "run.keep", "run.parallel", "run.shard", "run.reshard")
 
 
 @dataclass(frozen=True)
@@ -162,13 +163,16 @@ def latest_complete(name: str, roots: Sequence[Path]) -> tuple[Path | None, list
 
 
 def source_of(folder: Path) -> Source:
-    """The newest whole checkpoint of a run folder, or the checkpoint folder itself. Raises UserError."""
+    """The newest whole checkpoint of a run folder, a checkpoint folder itself, or a folder of weights alone
+    (`python -m model import`). Raises UserError."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; want a run or a checkpoint")
+        raise CheckpointError(f"{folder}: no such folder; want a run, a checkpoint or an import")
     if (folder / checkpoint.MANIFEST).is_file():
         checkpoint.verify(folder)
         run = folder.parent.parent
         return Source(folder, stored_config(folder), about_of(run) if (run / ABOUT).is_file() else {})
+    if checkpoint.is_weights_alone(folder):
+        return Source(folder, stored_config(folder), {})
     path, complaints = checkpoint.newest(folder)
     if path is None:
         why = "; ".join(complaints) or "no checkpoint in it"

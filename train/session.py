@@ -21,6 +21,7 @@ from train.feed import Feed
 from train.hooks import RunHooks, Signals
 from train.loop import fit
 from train.metrics import Log, peak_flops, rewind
+from train.sharding import settle, sharded
 from train.stage import Request, Stage, prepare
 from train.state import TrainState
 from train.world import World, autocast, joined
@@ -152,11 +153,12 @@ def train(stage: Stage, state: TrainState, log: Log, world: World, signals: Sign
 
 def sample(stage: Stage, state: TrainState, log: Log, world: World, new: int = 120) -> None:
     """A continuation of the first held-out text, for the report."""
-    if stage.heldout is None or not world.main:
+    if stage.heldout is None or not (world.main or sharded(state.model)):
         return
     prompt = stage.heldout.batch(0, 1).tokens[:, : min(32, stage.config.run.context)].to(world.device)
     with autocast(world.device, stage.config.run.precision):
         out = state.model.generate(prompt, max_new_tokens=new, temperature=0.8, top_p=0.95, seed=0)
+    settle(state.model)
     ids = out[0].tolist()
     decode, cut = stage.data.tokenizer.decode, prompt.shape[1]
     log.write("sample", state.step, tokens=state.tokens, prompt=decode(ids[:cut]), text=decode(ids[cut:]))

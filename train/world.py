@@ -1,7 +1,8 @@
 """Where a process runs: its rank, its device, and what ranks must tell each other.
 
 `torchrun` says who is who through the environment; without it there is one process and no process group.
-Few collectives are used, so that gloo and NCCL behave alike.
+Few collectives are used, so that gloo and NCCL behave alike. How a model is spread over ranks is in
+`train.sharding`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from train.errors import UserError
@@ -25,11 +28,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """rank and size of the data-parallel group, and this rank's device."""
+    """rank and size of the data-parallel group, and this rank's device.
+
+    group:   the process group of these ranks; None: every rank of the launch.
+    worker, workers: which of several such groups this is, and how many there are (see `divided`).
+    across:  the process group of the ranks with the same `rank` in every worker, in the order of workers;
+             what an outer loop exchanges, it exchanges there.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    group: dist.ProcessGroup | None = None
+    worker: int = 0
+    workers: int = 1
+    across: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -38,7 +51,7 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks of a small tensor, in place; fp64 keeps counts and losses exact enough."""
         if self.size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def any(self, flag: bool) -> bool:
@@ -52,7 +65,7 @@ class World:
         if self.size == 1:
             return [value]
         box: list[T | None] = [None] * self.size
-        dist.all_gather_object(box, value)
+        dist.all_gather_object(box, value, group=self.group)
         return box  # type: ignore[return-value]
 
     def on_main(self, action: Callable[[], T]) -> T:
@@ -69,19 +82,31 @@ class World:
                 box[0] = action()
             except Exception as error:
                 failure, box[1] = error, f"rank 0: {error}"
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
         if failure is not None:
             raise failure
         if box[1] is not None:
             raise UserError(str(box[1]))
         return box[0]  # type: ignore[return-value]
 
-    def parallel(self, module: nn.Module) -> nn.Module:
-        """The module whose backward pass averages gradients over ranks; freeze before calling this."""
-        if self.size == 1:
-            return module
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+    def divided(self, workers: int) -> World:
+        """This rank's place in one of `workers` equal groups of consecutive ranks; called on every rank.
+
+        Inside a group gradients are exchanged at every step; between groups an outer loop does what it
+        does, over `across`. Raises UserError when the ranks do not divide.
+        """
+        if workers == 1:
+            return self
+        if workers < 1 or self.size % workers:
+            raise UserError(f"{self.size} ranks do not divide into {workers} workers of equal size")
+        size = self.size // workers
+        mesh = init_device_mesh(self.device.type, (workers, size), mesh_dim_names=("worker", "rank"))
+        worker, rank = divmod(self.rank, size)
+        group, across = mesh["rank"].get_group(), mesh["worker"].get_group()
+        return World(rank, size, self.device, group, worker, workers, across)
+
+
+ALONE = World()
 
 
 @contextlib.contextmanager
@@ -105,7 +130,9 @@ def joined(timeout_s: float = 600.0) -> Iterator[World]:
 
 def no_sync(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[object]:
     """Gradients are exchanged in the backward pass of the last micro batch only."""
-    if isinstance(module, DistributedDataParallel) and not last:
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+    elif isinstance(module, DistributedDataParallel) and not last:
         return module.no_sync()
     return contextlib.nullcontext()
 
