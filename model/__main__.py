@@ -17,7 +17,7 @@ from model.describe import describe, mermaid
 from model.generate import stream
 from model.schema import ConfigError
 from model.show import backends, show
-from model.text import Printer, Text
+from model.text import Printer, Text, tokenizer_of
 
 EXAMPLES = """\
 examples:
@@ -159,7 +159,7 @@ def _export(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     folder = Path(args.source)
     lm = load(folder)
-    text = None if args.prompt is None else Text(_tokenizer_of(folder))
+    text = None if args.prompt is None else Text(tokenizer_of(folder))
     ids = args.ids if text is None else text.encode(args.prompt)
     if not ids or not all(0 <= i < lm.vocab for i in ids):
         raise ConfigError([f"the prompt must be at least one id below {lm.vocab}, got {ids[:8]}"])
@@ -174,14 +174,6 @@ def _generate(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     print()
-
-
-def _tokenizer_of(folder: Path) -> Path:
-    """A run keeps it beside its checkpoints; a checkpoint folder lies two levels further down."""
-    for place in (folder, folder.parent.parent):
-        if (place / "tokenizer.json").is_file():
-            return place / "tokenizer.json"
-    return folder / "tokenizer.json"
 
 
 def _positive(text: str) -> int:

@@ -8,6 +8,14 @@ from pathlib import Path
 from model.schema import ConfigError
 
 
+def tokenizer_of(folder: Path) -> Path:
+    """A run keeps it beside its checkpoints; a checkpoint folder lies two levels further down."""
+    for place in (folder, folder.parent.parent):
+        if (place / "tokenizer.json").is_file():
+            return place / "tokenizer.json"
+    return folder / "tokenizer.json"
+
+
 class Text:
     """`tokenizer.json` of a run: of the tokenizers library, or the bytes tokenizer (ids 0..255 are bytes)."""
 

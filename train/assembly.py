@@ -77,5 +77,7 @@ def head_scales(config: Config, growth: grow.Growth | None) -> dict[str, float]:
 
 
 def tokens_behind(source: Source) -> int:
+    if checkpoint.is_weights_alone(source.path):
+        return 0
     counters = read_json(source.path / checkpoint.REST).get("counters", {})
     return int(counters.get("tokens", 0)) + int(counters.get("origin", 0))
