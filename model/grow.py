@@ -122,7 +122,7 @@ def _check_shells(new: OnionNode, old: OnionNode, source: str) -> None:
     if len(old.onion) > len(new.onion):
         errors.append(f"{new.mark}: {len(new.onion)} shells, but {source} has {len(old.onion)}")
     for a, b in zip(new.onion, old.onion, strict=False):
-        for key in ("name", "body", "to", "quant", "width", "tie", "residual", "merge"):
+        for key in ("name", "body", "to", "quant", "width", "tie", "residual", "merging"):
             mine, theirs = getattr(a, key), getattr(b, key)
             if mine != theirs:
                 errors.append(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.blocks._gate import gated
 from model.blocks._linear import HeadNorm, LinearMixer, LinearState, count_heads, unit
 from model.core import Ctx, Step, at_least_fp32, docs_of
 from model.ops.documents import Documents
@@ -20,7 +21,7 @@ from model.registry import block
 class DeltaMixer(LinearMixer):
     """What the delta-rule blocks share: q, k of norm 1 after a short convolution and SiLU, and beta.
 
-    A subclass gives the log decay (`decay`) and the output gate (`gate`).
+    A subclass gives the log decay (`decay`) and the output gate (`out_gate`).
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class DeltaMixer(LinearMixer):
         norm_eps: float,
         backend: str,
         conv_backend: str,
+        gate: bool,
     ) -> None:
-        super().__init__(dim, heads, expand_k, expand_v, conv, backend, conv_backend)
+        super().__init__(dim, heads, expand_k, expand_v, conv, backend, conv_backend, gate)
         self.negative = negative
         self.b_proj = nn.Linear(dim, heads, bias=False)
         self.o_norm = HeadNorm(self.value_width, norm_eps)
@@ -44,7 +46,7 @@ class DeltaMixer(LinearMixer):
         """The log decay [B, T, H] or [B, T, H, K], or None."""
         return None
 
-    def gate(self, x: Tensor) -> Tensor | None:
+    def out_gate(self, x: Tensor) -> Tensor | None:
         """The activated output gate [B, T, H * V], or None."""
         return None
 
@@ -59,8 +61,9 @@ class DeltaMixer(LinearMixer):
         o, after = delta_rule(
             unit(q), unit(k), v, beta, self.decay(x), state=before, docs=docs, backend=self.backend
         )
-        y = self.o_proj(self.o_norm(o, self.gate(x))).to(x.dtype)
-        return Step(y, None if state is None else LinearState(conv, after))
+        y, aux = gated(self.head_gate, self.o_norm(o, self.out_gate(x)), x, ctx)
+        y = self.o_proj(y).to(x.dtype)
+        return Step(y, None if state is None else LinearState(conv, after), aux)
 
     def flops(self, T: int) -> int:
         return delta_flops(T, self.heads, self.key_width, self.value_width)
@@ -75,6 +78,7 @@ class DeltaNet(DeltaMixer):
     negative: beta in (0, 2) instead of (0, 1): eigenvalues of the state's transition in (-1, 1), which
               track parity (Grazzi et al., arXiv 2411.12537).
     use_gate: multiply the normed output by silu(W_g x).
+    gate:     a gate per head and token before W_o; see `model.blocks._gate`.
     backend, conv_backend: of `model.ops.linear` and `model.ops.conv`; a named one never falls back.
 
     Raises ValueError when the heads do not share the widths.
@@ -91,13 +95,16 @@ class DeltaNet(DeltaMixer):
         conv: int = 4,
         negative: bool = False,
         use_gate: bool = False,
+        gate: bool = False,
         norm_eps: float = 1e-5,
         backend: str = "auto",
         conv_backend: str = "auto",
     ) -> None:
         heads = count_heads(dim, heads, head_dim, expand_v, default=4)
-        super().__init__(dim, heads, expand_k, expand_v, conv, negative, norm_eps, backend, conv_backend)
+        super().__init__(
+            dim, heads, expand_k, expand_v, conv, negative, norm_eps, backend, conv_backend, gate
+        )
         self.g_proj = nn.Linear(dim, heads * self.value_width, bias=False) if use_gate else None
 
-    def gate(self, x: Tensor) -> Tensor | None:
+    def out_gate(self, x: Tensor) -> Tensor | None:
         return None if self.g_proj is None else F.silu(self.g_proj(x))

@@ -25,7 +25,7 @@ class GatedDeltaNet(DeltaMixer):
 
     heads, head_dim: H, or V from which H follows; 6 heads by default, the published proportions.
     expand_k, expand_v: H K / D and H V / D.
-    conv, negative, backend, conv_backend: as in `deltanet`.
+    conv, negative, gate, backend, conv_backend: as in `deltanet`.
 
     Raises ValueError when the heads do not share the widths.
     """
@@ -42,12 +42,15 @@ class GatedDeltaNet(DeltaMixer):
         expand_v: float = 1.5,
         conv: int = 4,
         negative: bool = False,
+        gate: bool = False,
         norm_eps: float = 1e-5,
         backend: str = "auto",
         conv_backend: str = "auto",
     ) -> None:
         heads = count_heads(dim, heads, head_dim, expand_v, default=6)
-        super().__init__(dim, heads, expand_k, expand_v, conv, negative, norm_eps, backend, conv_backend)
+        super().__init__(
+            dim, heads, expand_k, expand_v, conv, negative, norm_eps, backend, conv_backend, gate
+        )
         self.a_proj = nn.Linear(dim, heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(0.01, 16).log())
         self.dt_bias = nn.Parameter(initial_dt_bias(heads))
@@ -56,5 +59,5 @@ class GatedDeltaNet(DeltaMixer):
     def decay(self, x: Tensor) -> Tensor:
         return decay_rate(self.a_proj(x), self.A_log, self.dt_bias)
 
-    def gate(self, x: Tensor) -> Tensor:
+    def out_gate(self, x: Tensor) -> Tensor:
         return F.silu(self.g_proj(x))

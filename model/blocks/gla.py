@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.blocks._gate import gated
 from model.blocks._linear import HeadNorm, LinearMixer, LinearState, count_heads
 from model.core import Ctx, Step, at_least_fp32, docs_of
 from model.ops.linear import gla, gla_flops
@@ -26,6 +27,7 @@ class GLA(LinearMixer):
     expand_k, expand_v: H K / D and H V / D.  conv: width of short convolutions on q, k, v; 0 is none.
     gate_rank: rank of the decay's projection.  gate_normalizer: the 16 above.
     gate_floor: clamp g to at least this; -0.9 or more lets the fast form be chosen without looking.
+    gate: a gate per head and token before W_o; see `model.blocks._gate`.
     backend, conv_backend: of `model.ops.linear` and `model.ops.conv`; a named one never falls back.
 
     Raises ValueError when the heads do not share the widths.
@@ -43,12 +45,13 @@ class GLA(LinearMixer):
         gate_rank: int = 16,
         gate_normalizer: float = 16.0,
         gate_floor: float | None = None,
+        gate: bool = False,
         norm_eps: float = 1e-5,
         backend: str = "auto",
         conv_backend: str = "auto",
     ) -> None:
         heads = count_heads(dim, heads, head_dim, expand_v, default=4)
-        super().__init__(dim, heads, expand_k, expand_v, conv, backend, conv_backend)
+        super().__init__(dim, heads, expand_k, expand_v, conv, backend, conv_backend, gate)
         self.gate_normalizer, self.gate_floor = gate_normalizer, gate_floor
         self.gk_proj = nn.Sequential(
             nn.Linear(dim, gate_rank, bias=False), nn.Linear(gate_rank, heads * self.key_width)
@@ -74,8 +77,9 @@ class GLA(LinearMixer):
             want_state=state is not None,
             backend=self.backend,
         )
-        y = self.o_proj(self.g_norm_swish_gate(o, F.silu(self.g_proj(x))))
-        return Step(y.to(x.dtype), None if after is None else LinearState(conv, after))
+        y, aux = gated(self.head_gate, self.g_norm_swish_gate(o, F.silu(self.g_proj(x))), x, ctx)
+        y = self.o_proj(y)
+        return Step(y.to(x.dtype), None if after is None else LinearState(conv, after), aux)
 
     def flops(self, T: int) -> int:
         return gla_flops(T, self.heads, self.key_width, self.value_width)

@@ -25,7 +25,7 @@ class KDA(DeltaMixer):
 
     heads, head_dim: H, or V from which H follows; by default heads of width 128, or one narrower.
     expand_k, expand_v: H K / D and H V / D.
-    conv, negative, backend, conv_backend: as in `deltanet`.
+    conv, negative, gate, backend, conv_backend: as in `deltanet`.
 
     Raises ValueError when the heads do not share the widths.
     """
@@ -42,12 +42,15 @@ class KDA(DeltaMixer):
         expand_v: float = 1.0,
         conv: int = 4,
         negative: bool = False,
+        gate: bool = False,
         norm_eps: float = 1e-5,
         backend: str = "auto",
         conv_backend: str = "auto",
     ) -> None:
         heads = count_heads(dim, heads, head_dim, expand_v, default=heads_of_width(dim, 128))
-        super().__init__(dim, heads, expand_k, expand_v, conv, negative, norm_eps, backend, conv_backend)
+        super().__init__(
+            dim, heads, expand_k, expand_v, conv, negative, norm_eps, backend, conv_backend, gate
+        )
         keys, values, rank = heads * self.key_width, heads * self.value_width, self.value_width
         self.f_proj = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, keys, bias=False))
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
@@ -58,7 +61,7 @@ class KDA(DeltaMixer):
         raw, bias = (t.unflatten(-1, (self.heads, -1)) for t in (self.f_proj(x), self.dt_bias))
         return decay_rate(raw, self.A_log[:, None], bias)
 
-    def gate(self, x: Tensor) -> Tensor:
+    def out_gate(self, x: Tensor) -> Tensor:
         return self.g_proj(x).sigmoid()
 
     def flops(self, T: int) -> int:

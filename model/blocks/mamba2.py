@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.blocks._gate import gated, head_gate
 from model.core import Block, Cost, Ctx, Step, at_least_fp32, docs_of
 from model.ops.conv import causal_conv
 from model.ops.ssd import ssd, ssd_flops
@@ -39,6 +40,7 @@ class Mamba2(Block):
     state, head_dim, groups: N, P and G.  expand: I / D.  conv: W.  chunk: tokens of a chunk (speed only).
     dt_min, dt_max, dt_floor: dt without input is log-uniform in [dt_min, dt_max], at least dt_floor.
     dt_limit: [low, high] to which dt is clamped; None leaves it.
+    gate: a learned gate per head and token before W_out; see `model.blocks._gate`.
     backend, conv_backend: of `model.ops.ssd` and `model.ops.conv`; a named one never falls back.
 
     Raises ValueError when head_dim does not divide I, groups the heads, or dt_limit is no interval.
@@ -63,6 +65,7 @@ class Mamba2(Block):
         dt_floor: float = 1e-4,
         dt_limit: list[float] | None = None,
         norm_eps: float = 1e-5,
+        gate: bool = False,
         backend: str = "auto",
         conv_backend: str = "auto",
     ) -> None:
@@ -86,6 +89,7 @@ class Mamba2(Block):
         self.norm = GatedRMSNorm(inner, groups, norm_eps)
         self.out_proj = nn.Linear(inner, dim, bias=bias)
         self.out_proj.residual_out = True  # type: ignore[assignment]
+        self.head_gate = head_gate(gate, dim, self.heads)
 
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> Mamba2State:
         C, _, W = self.conv1d.weight.shape
@@ -128,10 +132,11 @@ class Mamba2(Block):
             backend=self.backend,
         )
         y = torch.addcmul(y, u, self.D.to(u.dtype)[:, None])
-        y = self.out_proj(self.norm(y.flatten(-2), z))
+        y, aux = gated(self.head_gate, self.norm(y.flatten(-2), z), x, ctx)
+        y = self.out_proj(y)
         if state is None or conv_after is None or ssm_after is None:
-            return Step(y)
-        return Step(y, Mamba2State(conv_after.to(state.conv.dtype), ssm_after))
+            return Step(y, aux=aux)
+        return Step(y, Mamba2State(conv_after.to(state.conv.dtype), ssm_after), aux)
 
     def cost(self, T: int) -> Cost:
         """FLOPs of the chunked scan's matmuls; the convolution is elementwise, which is not counted."""

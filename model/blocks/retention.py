@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.blocks._gate import gated
 from model.blocks._linear import HeadNorm, LinearMixer, count_heads
 from model.core import Cost, Ctx, Step, at_least_fp32, count_tokens, docs_of, rotary_positions
 from model.ops.linear import gla, simple_gla_flops
@@ -35,6 +36,7 @@ class Retention(LinearMixer):
 
     heads, head_dim: H, or V from which H follows; 4 heads by default.  expand_k, expand_v: H K / D, H V / D.
     theta: base of RoPE.  gate_normalizer: the 16 above.
+    gate: a gate per head and token before W_o; see `model.blocks._gate`.
     backend: of `model.ops.ssd`, which serves a decay a head; a named one never falls back.
 
     Raises ValueError when the heads do not share the widths, or K is odd.
@@ -50,11 +52,12 @@ class Retention(LinearMixer):
         expand_v: float = 1.0,
         theta: float = 10_000.0,
         gate_normalizer: float = 16.0,
+        gate: bool = False,
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
         heads = count_heads(dim, heads, head_dim, expand_v, default=4)
-        super().__init__(dim, heads, expand_k, expand_v, 0, backend, "auto")
+        super().__init__(dim, heads, expand_k, expand_v, 0, backend, "auto", gate)
         if self.key_width % 2:
             raise ValueError(f"RoPE turns pairs of channels: {heads} heads of width {self.key_width} are odd")
         self.theta, self.gate_normalizer = theta, gate_normalizer
@@ -83,10 +86,11 @@ class Retention(LinearMixer):
         q, k = rope(q, cos, sin), rope(k, cos, sin)
         want = state is not None
         o, after = gla(q, k, v, g, state=before, docs=docs, want_state=want, backend=self.backend)
-        y = self.o_proj(self.o_norm(o, F.silu(self.g_proj(x)))).to(x.dtype)
+        y, aux = gated(self.head_gate, self.o_norm(o, F.silu(self.g_proj(x))), x, ctx)
+        y = self.o_proj(y).to(x.dtype)
         if after is None:
-            return Step(y)
-        return Step(y, RetentionState(count_tokens(docs, seen, B, T, x.device), after))
+            return Step(y, aux=aux)
+        return Step(y, RetentionState(count_tokens(docs, seen, B, T, x.device), after), aux)
 
     def flops(self, T: int) -> int:
         return simple_gla_flops(T, self.heads, self.key_width, self.value_width)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.blocks._gate import gated, head_gate
 from model.blocks._linear import count_heads, heads_of_width, share
 from model.blocks.mlp import last_token, token_before
 from model.core import Block, Cost, Ctx, Step, at_least_fp32, docs_of
@@ -73,6 +74,7 @@ class RWKV6(Block):
     heads, head_dim: H, or V from which H follows; by default heads of width 64, or one narrower.
     expand_k, expand_v: H K / D and H V / D.  shift_rank, decay_rank: of the maps to mu and to w.
     depth: place in the stack from 0 (first layer) to 1 (last), which the initial values depend on.
+    gate: a gate per head and token before W_o; see `model.blocks._gate`.
     backend: of `model.ops.linear`; a named one never falls back.
 
     Raises ValueError when the heads do not share the widths.
@@ -91,6 +93,7 @@ class RWKV6(Block):
         shift_rank: int = 32,
         decay_rank: int = 64,
         depth: float = 0.5,
+        gate: bool = False,
         norm_eps: float = 64e-5,
         backend: str = "auto",
     ) -> None:
@@ -113,6 +116,7 @@ class RWKV6(Block):
         self.g_norm = nn.GroupNorm(heads, values, eps=norm_eps)
         self.o_proj = nn.Linear(values, dim, bias=False)
         self.o_proj.residual_out = True  # type: ignore[assignment]
+        self.head_gate = head_gate(gate, dim, heads)
         self._reset(depth, shift, decay)
 
     @torch.no_grad()
@@ -163,8 +167,9 @@ class RWKV6(Block):
             self.g_norm.bias.to(o.dtype),
             self.g_norm.eps,
         )
-        y = self.o_proj(normed.view_as(g) * F.silu(g)).to(x.dtype)
-        return Step(y, None if state is None else RWKV6State(last_token(x, state.last, docs), after))
+        y, aux = gated(self.head_gate, normed.view_as(g) * F.silu(g), x, ctx)
+        y = self.o_proj(y).to(x.dtype)
+        return Step(y, None if state is None else RWKV6State(last_token(x, state.last, docs), after), aux)
 
     def cost(self, T: int) -> Cost:
         """FLOPs of the chunk form's matmuls; the token shift is elementwise and not counted."""

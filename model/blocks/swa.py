@@ -32,6 +32,7 @@ class SlidingWindowAttention(Attention):
         qk_norm: bool = False,
         conv: int = 0,
         sinks: bool = False,
+        gate: bool = False,
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
@@ -47,6 +48,7 @@ class SlidingWindowAttention(Attention):
             qk_norm=qk_norm,
             conv=conv,
             sinks=sinks,
+            gate=gate,
             norm_eps=norm_eps,
             backend=backend,
         )

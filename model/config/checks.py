@@ -17,7 +17,8 @@ Values = dict[str, Any]
 AT_LEAST: dict[type, dict[str, int]] = {
     schema.Config: {"dim": 1, "vocab": 1, "init_std": 0, "norm_eps": 0},
     schema.RepeatNode: {"repeat": 1},
-    schema.ShellNode: {"to": 1, "width": 1, "merge": 1},
+    schema.ShellNode: {"to": 1, "width": 1},
+    schema.Merge: {"size": 1},
     schema.WrapSpec: {"width": 1},
     schema.MemorySpec: {"head_dim": 1, "group": 1, "theta": 1},
     schema.Blend: {"steps": 0, "hold": 0, "code": 0},
@@ -191,10 +192,14 @@ def _wrap(v: Values) -> Found:
 
 
 def _shell(v: Values) -> Found:
-    if v.get("merge", 1) > 1 and not v.get("residual", True):
+    merge = v.get("merge", 1)
+    size = merge.size if isinstance(merge, schema.Merge) else merge
+    if size < 1:
+        yield "merge", f"want at least 1, got {size}"
+    if size > 1 and not v.get("residual", True):
         yield (
             "merge",
-            f"{v['merge']} without `residual: true`: only one position in {v['merge']} would ever see its own"
+            f"{size} without `residual: true`: only one position in {size} would ever see its own"
             " token; the outer codes must bypass a shorter shell",
         )
 

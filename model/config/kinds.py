@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal
 
 from model.config.yamlnodes import Yaml
@@ -42,7 +42,7 @@ def called(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " or ".join(repr(a) for a in typing.get_args(kind))
     base = typing.get_origin(kind) or kind
-    if base in (dict, Mapping):
+    if base in (dict, Mapping) or is_dataclass(base):
         return "a mapping"
     return "a list" if base in (list, tuple, Sequence) else getattr(base, "__name__", str(base))
 

@@ -123,7 +123,8 @@ class Reader(ParamReader):
         kinds = tuple(k for k in kinds if k is not types.NoneType)
         if len(kinds) == 1:
             return self.value(kinds[0], node, path)
-        exact = [k for k in kinds if type(node.value) is (typing.get_origin(k) or k)]
+        shape = type(node.value)
+        exact = [k for k in kinds if shape is (dict if is_dataclass(k) else typing.get_origin(k) or k)]
         tried: list[Errors] = []
         for kind in exact + [k for k in kinds if k not in exact]:
             trial = Reader(Errors())

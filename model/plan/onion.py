@@ -12,14 +12,15 @@ def onion(b: Builder, node: OnionNode, dim: int, at: Place) -> tuple[Item, ...]:
     for i, shell in enumerate(node.onion):
         if shell.name in names[:i]:
             b.errors.append(f"{shell.mark}: a second shell called {shell.name!r}; shell names are unique")
-        if shell.merge > 1 and not shell.residual:
+        size = shell.merging.size
+        if size > 1 and not shell.residual:
             b.errors.append(
-                f"{shell.mark}: merge: {shell.merge} without `residual: true`: only one position in"
-                f" {shell.merge} would ever see its own token; outer codes must bypass a shorter shell"
+                f"{shell.mark}: merge: {size} without `residual: true`: only one position in"
+                f" {size} would ever see its own token; outer codes must bypass a shorter shell"
             )
-        if i == 0 and (shell.merge > 1 or shell.residual or shell.width not in (None, dim)):
+        if i == 0 and (size > 1 or shell.residual or shell.width not in (None, dim)):
             b.errors.append(f"{shell.mark}: the outermost shell takes no merge, residual or width")
-        if node.reading == "whole" and (shell.merge > 1 or shell.width not in (None, dim)):
+        if node.reading == "whole" and (size > 1 or shell.width not in (None, dim)):
             b.errors.append(f"{shell.mark}: `reading: whole` keeps width and length; drop width and merge")
     if b.errors:
         return ()
@@ -61,7 +62,13 @@ def _inside(b: Builder, node: OnionNode, i: int, dim: int, quant: str) -> tuple[
         width = shell.width or dim
         adapter = b.module(
             f"{shell.name}_adapter",
-            place.spec("adapter", "adapter", outer.to, {"width": width, "merge": shell.merge}, shell.mark),
+            place.spec(
+                "adapter",
+                "adapter",
+                outer.to,
+                {"width": width, "merge": shell.merging.size, "pool": shell.merging.pool},
+                shell.mark,
+            ),
         )
         inner = _shell(b, node, i + 1, width)
         bracket = Bracket(b.site(f"{shell.name}.adapter"), adapter, inner)

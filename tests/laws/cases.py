@@ -15,24 +15,32 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "attention": [
         {"params": {"head_dim": 16}},
         {"params": {"head_dim": 8, "group": 2, "qk_norm": True, "position": "none"}},
-        {"params": {"head_dim": 8, "position": "alibi", "sinks": True, "conv": 3}},
+        {"params": {"head_dim": 8, "position": "alibi", "sinks": True, "conv": 3, "gate": True}},
     ],
     # T is longer than a chunk: 64, and 32 for kda.
     "gla": [
         {"dim": 16, "T": 70, "params": {"heads": 2}},
-        {"dim": 16, "params": {"heads": 2, "conv": 3, "gate_floor": -0.5}},
+        {"dim": 16, "params": {"heads": 2, "conv": 3, "gate_floor": -0.5, "gate": True}},
     ],
-    "retention": [{"dim": 16, "T": 70, "params": {"heads": 2}}],
+    "pair_attn": [
+        {"params": {"head_dim": 16, "window": 3, "r": 0.3, "M": 2}},
+        {"params": {"head_dim": 8, "group": 2, "window": 4, "r": 0.0, "hidden": 5}},
+    ],
+    "retention": [{"dim": 16, "T": 70, "params": {"heads": 2, "gate": True}}],
     "deltanet": [
         {"dim": 16, "T": 70, "params": {"heads": 2}},
-        {"dim": 16, "params": {"heads": 2, "conv": 0, "negative": True, "use_gate": True}},
+        {"dim": 16, "params": {"heads": 2, "conv": 0, "negative": True, "use_gate": True, "gate": True}},
     ],
-    "gated_deltanet": [{"dim": 16, "T": 70, "params": {"heads": 2}}],
-    "kda": [{"dim": 16, "T": 40, "params": {"heads": 2}}],
-    "rwkv6": [{"dim": 16, "T": 70, "params": {"heads": 2, "shift_rank": 3, "decay_rank": 4}}],
+    "compressed_attn": [
+        {"params": {"head_dim": 8, "group": 2, "pool": 4, "stride": 2, "block": 4, "count": 4, "window": 5}},
+        {"params": {"head_dim": 16, "pool": 2, "stride": 2, "block": 2, "count": 3, "window": 3}},
+    ],
+    "gated_deltanet": [{"dim": 16, "T": 70, "params": {"heads": 2, "gate": True}}],
+    "kda": [{"dim": 16, "T": 40, "params": {"heads": 2, "gate": True}}],
+    "rwkv6": [{"dim": 16, "T": 70, "params": {"heads": 2, "shift_rank": 3, "decay_rank": 4, "gate": True}}],
     "mamba2": [
         {"params": {"head_dim": 8, "state": 4, "groups": 2, "chunk": 8}},
-        {"params": {"head_dim": 16, "state": 3, "chunk": 5, "dt_limit": [0.001, 0.5]}},
+        {"params": {"head_dim": 16, "state": 3, "chunk": 5, "dt_limit": [0.001, 0.5], "gate": True}},
     ],
     "mix": [
         {"params": {"of": [{"mamba2": {"head_dim": 16, "state": 3}}, {"deltanet": {"heads": 2, "conv": 2}}]}},
@@ -43,7 +51,11 @@ CASES: dict[str, list[dict[str, Any]]] = {
             }
         },
     ],
-    "mlp": [{"params": {"act": act}} for act in ("swiglu", "gelu", "relu2", "rwkv")],
+    "mlp": [
+        *({"params": {"act": act}} for act in ("swiglu", "gelu", "relu2", "rwkv")),
+        {"params": {"act": "swiglu", "mult": 2.0, "gate": 4}},
+        {"params": {"act": "rwkv", "gate": 7}},
+    ],
     "samba": [
         {
             "params": {
@@ -56,11 +68,23 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "swa": [
         {"params": {"head_dim": 16, "window": 5}},
         {"params": {"head_dim": 8, "group": 4, "window": 2}},
-        {"params": {"head_dim": 16, "window": 6, "position": "alibi", "sinks": True, "conv": 3}},
+        {
+            "params": {
+                "head_dim": 16,
+                "window": 6,
+                "position": "alibi",
+                "sinks": True,
+                "conv": 3,
+                "gate": True,
+            }
+        },
     ],
     "xattn": [
         {"params": {"head_dim": 16}, "around": remembering(group=2)},
-        {"params": {"head_dim": 8, "sinks": True}, "around": remembering(group=1, position="none")},
+        {
+            "params": {"head_dim": 8, "sinks": True, "gate": True},
+            "around": remembering(group=1, position="none"),
+        },
     ],
 }
 

@@ -216,3 +216,33 @@ def test_a_stack_that_is_no_prefix_is_refused():
     other = model.build(Config(dim=D, stack=[RepeatNode(4, [BlockNode("mlp", {})])], name="other"), vocab=V)
     with pytest.raises(model.ConfigError, match="no prefix"):
         load_into(other, small.config, small.state_dict())
+
+
+def test_the_pool_of_a_merging_shell_comes_from_the_file(tmp_path):
+    """`merge: 4` is the mean; `{size, pool}` says how K codes make one, under the same rules."""
+    from model import config
+    from model.schema import ConfigError
+
+    text = "dim: 32\nvocab: 50\nstack:\n  - onion:\n    - {{name: s1, body: [mlp], to: 8}}\n    - {{name: s2, body: [mlp], to: 8, residual: true, merge: {merge}}}\n"  # noqa: E501
+
+    def load(merge: str):
+        path = tmp_path / "a.yaml"
+        path.write_text(text.format(merge=merge))
+        return config.load(path)
+
+    plain, gated = load("4"), load("{size: 4, pool: gated}")
+    assert plain.stack[0].onion[1].merging == load("{size: 4}").stack[0].onion[1].merging
+    assert config.load(config.dump(gated)) == gated
+    assert config.arch_digest(plain) != config.arch_digest(gated)
+    for pool in ("gated", "mlp"):
+        lm = model.build(load(f"{{size: 4, pool: {pool}}}"))
+        assert lm.bank["s2_adapter"].pool == pool and lm.bank["s2_adapter"].merge == 4
+    for merge, says in (("0", "at least 1"), ("{size: 0}", "at least 1"), ("{size: 4, pool: max}", "'gated'"),
+                        ("{siez: 4}", "did you mean 'size'"), ("[4]", "want int or a mapping")):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"a\.yaml:6:") as error:
+            load(merge)
+        assert says in str(error.value), (merge, str(error.value))
+    with pytest.raises(ConfigError, match="without `residual: true`"):
+        config.load(
+            {"dim": 32, "stack": [{"onion": [{"name": "s", "body": ["mlp"], "to": 8, "merge": {"size": 2}}]}]}
+        )
