@@ -27,26 +27,8 @@ from model.compress.rows import text_positions
 from model.ops import pairs as ops
 
 
-class TokenCompressor(nn.Module):
-    """Two tokens into one: a mean with learned weights, plus a SwiGLU of both at learned places in the pair.
-
-    y = a x_0 + b x_1 + W_down(silu(W_gate p) * W_up p),  p = [x_0 + pos_0; x_1 + pos_1],  a = b = 1/2 first.
-    """
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.mix = nn.Parameter(torch.tensor([0.5, 0.5]))
-        self.positions = nn.Parameter(torch.zeros(2, dim))
-        self.gate = nn.Linear(2 * dim, hidden_dim, bias=False)
-        self.up = nn.Linear(2 * dim, hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
-        nn.init.normal_(self.down.weight, std=0.02 / hidden_dim**0.5)
-
-    def merge(self, pairs: Tensor) -> Tensor:
-        """[..., P, 2, D] -> [..., P, D]."""
-        p = (pairs + self.positions).flatten(-2)
-        mean = (pairs * self.mix[:, None]).sum(-2)
-        return mean + self.down(nn.functional.silu(self.gate(p)) * self.up(p))
+class TokenCompressor(ops.PairMerge):
+    """Merges the memory's pairs and leaves the window as it is: TokenCompressor(dim, hidden_dim)(x, T_w)."""
 
     def forward(self, x: Tensor, T_w: int) -> Tensor:
         """x [B, T, D] -> [B, P + W, D]: merged memory, then the window of the last T_w tokens (one more if

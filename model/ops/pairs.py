@@ -7,13 +7,19 @@ become one vector; the n most important pairs come back as their two originals, 
 
 r = 1 or M >= L gives the stream back. An odd memory hands its last token to the window: nothing is lost.
 
-Shape legend: B batch  T time  P pairs  n selected pairs  d width  H heads  W window (rows of queries).
+`attend_pairs` is the causal form for models trained from scratch: every query has a window and a memory of
+its own, and chooses for itself.
+
+Shape legend: B batch  T time  S keys  P pairs  n selected pairs  d width  H heads  G key/value heads
+              W window (rows of queries)  K head width
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from model.ops.attention.places import Places, visible
 
 EPSILON = 1e-6  # r P + M (1 - r) / 2 may fall just short of a whole number in floating point
 
@@ -38,15 +44,44 @@ def pair_up(x: Tensor) -> Tensor:
     return x.unflatten(-2, (-1, 2))
 
 
+class PairMerge(nn.Module):
+    """Two tokens into one: a mean with learned weights, plus a SwiGLU of both at learned places in the pair.
+
+    y = a x_0 + b x_1 + W_down(silu(W_gate p) * W_up p),  p = [x_0 + pos_0; x_1 + pos_1],  a = b = 1/2 first.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.tensor([0.5, 0.5]))
+        self.positions = nn.Parameter(torch.zeros(2, dim))
+        self.gate = nn.Linear(2 * dim, hidden_dim, bias=False)
+        self.up = nn.Linear(2 * dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+        nn.init.normal_(self.down.weight, std=0.02 / hidden_dim**0.5)
+
+    def merge(self, pairs: Tensor) -> Tensor:
+        """[..., P, 2, d] -> [..., P, d], in the dtype of the pairs."""
+        p = (pairs + self.positions.to(pairs.dtype)).flatten(-2)
+        mean = (pairs * self.mix.to(pairs.dtype)[:, None]).sum(-2)
+        return mean + self.down(nn.functional.silu(self.gate(p)) * self.up(p)).to(pairs.dtype)
+
+
+def attention_paid(q: Tensor, k: Tensor, scale: float, there: Tensor) -> Tensor:
+    """Softmax over pairs, fp32 (fp64 for fp64) [B, H, W, P]; there bool [B, 1 or W, P]. Rows with no pair
+    are of no meaning."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    with torch.autocast(q.device.type, enabled=False):
+        logits = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale
+        return logits.masked_fill(~there[:, None], torch.finfo(logits.dtype).min).softmax(-1)
+
+
 def importance(q: Tensor, k: Tensor, scale: float, asking: Tensor, there: Tensor) -> Tensor:
     """How much the window attends to each pair: softmax over pairs, summed over queries, averaged over heads.
 
     q [B, H, W, K] window queries, k [B, H, P, K] keys of the pairs, asking bool [B, W], there bool [B, P]
     -> [B, P]; pairs that are not there get 0.
     """
-    logits = (q @ k.transpose(-1, -2)).float() * scale
-    low = torch.finfo(logits.dtype).min
-    weights = logits.masked_fill(~there[:, None, None, :], low).softmax(-1)
+    weights = attention_paid(q, k, scale, there[:, None])
     return (weights * asking[:, None, :, None]).sum(2).mean(1) * there
 
 
@@ -102,3 +137,56 @@ def straight_through(scores: Tensor, selected: Tensor, there: Tensor) -> Tensor:
     cut = torch.where(inside.isinf(), outside, torch.where(outside.isinf(), inside, (inside + outside) / 2))
     soft = torch.sigmoid(log - torch.where(cut.isinf(), 0.0, cut).detach()) * there
     return selected.to(soft.dtype) + (soft - soft.detach())
+
+
+def attend_pairs(
+    q: Tensor, k: Tensor, v: Tensor, at: Places, key_at: Places,
+    merged_k: Tensor, merged_v: Tensor, ends: Places, *, window: int, r: float, M: float,
+) -> Tensor:  # fmt: skip
+    """Causal attention over a window and a memory of pairs -> [B, T, H, K].
+
+    A query at place p of its document sees the pairs (2i, 2i+1) with 2i + 1 <= p - window through their
+    merged key and value, and every later token as it is. Of its P pairs it opens the n (see above) to which
+    it itself pays most attention, the mean over heads: those it sees as their two tokens.
+
+    q [B, T, H, K], k, v [B, S, G, K] at `at` and `key_at`; merged_k, merged_v [B, P, G, K], in order, whose
+    second tokens stand at `ends` (segment -1: no pair). Padding queries give 0.
+    """
+    scale, H, P = q.shape[-1] ** -0.5, q.shape[2], merged_k.shape[1]
+    reach = (at.positions - window)[:, :, None]
+    seen = visible(at, key_at, None)
+    mask = seen & ((key_at.positions | 1)[:, None] > reach)
+    if P:
+        far = (at.segments[:, :, None] == ends.segments[:, None]) & (at.segments >= 0)[:, :, None]
+        far = far & (ends.positions[:, None] <= reach)
+        opened = _opened(q, merged_k, far, scale, r, M) if r or M else torch.zeros_like(far)
+        pair = _pair_of(key_at, ends)[:, None].expand_as(seen)
+        mask = torch.cat([mask | (seen & opened.gather(2, pair)), far & ~opened], -1)
+        k, v = torch.cat([k, merged_k], 1), torch.cat([v, merged_v], 1)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    gqa = k.shape[1] != H
+    y = nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None], scale=scale, enable_gqa=gqa)
+    return y.transpose(1, 2)
+
+
+@torch.no_grad()
+def _opened(q: Tensor, merged_k: Tensor, far: Tensor, scale: float, r: float, M: float) -> Tensor:
+    """bool [B, T, P]: the pairs that each query opens. The choice takes no gradient."""
+    k = merged_k.repeat_interleave(q.shape[2] // merged_k.shape[2], 2)
+    paid = attention_paid(q.transpose(1, 2), k.transpose(1, 2), scale, far).mean(1)
+    n = selected_count(far.sum(-1), r, M)
+    return select(paid.flatten(0, 1), n.flatten(), far.flatten(0, 1)).view_as(far)
+
+
+def _pair_of(key_at: Places, ends: Places) -> Tensor:
+    """int64 [B, S]: the index of each key's pair among `ends`, which stand in order; of no meaning for a key
+    whose pair is not there."""
+    stride = 1 << 40  # places in a document, which is what tells segments apart
+
+    def code(segments: Tensor, positions: Tensor) -> Tensor:
+        return (segments + 2) * stride + positions
+
+    there = code(ends.segments, ends.positions).masked_fill(ends.segments == -1, torch.iinfo(torch.int64).max)
+    keys = code(key_at.segments, key_at.positions | 1)
+    found = torch.searchsorted(there, keys.expand(there.shape[0], -1).contiguous())
+    return found.clamp_max(there.shape[1] - 1)

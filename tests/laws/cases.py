@@ -23,7 +23,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"dim": 16, "params": {"heads": 2, "conv": 3, "gate_floor": -0.5, "gate": True}},
     ],
     "pair_attn": [
-        {"params": {"head_dim": 16, "window": 3, "r": 0.3, "M": 2}},
+        {"params": {"head_dim": 16, "window": 3, "r": 0.6, "M": 2}},
         {"params": {"head_dim": 8, "group": 2, "window": 4, "r": 0.0, "hidden": 5}},
     ],
     "retention": [{"dim": 16, "T": 70, "params": {"heads": 2, "gate": True}}],

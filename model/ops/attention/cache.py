@@ -208,7 +208,7 @@ def _store(past: C, run: _Run, k: Tensor, v: Tensor, docs: Documents | None) -> 
     window = isinstance(past, WindowKV)
     slots = past.k.shape[1]
     if isinstance(past, GrowingKV):
-        slots = _doubled(int(run.seen.max()) if run.seen.numel() else 0)
+        slots = doubled(int(run.seen.max()) if run.seen.numel() else 0)
     if docs is None and window:
         T = k.shape[1]
         joined = (torch.cat([o, n.to(o.dtype)], dim=1) for o, n in ((past.k, k), (past.v, v)))
@@ -248,6 +248,6 @@ def _write(past: C, run: _Run, k: Tensor, v: Tensor, slots: int) -> C:
     return past._replace(k=buffers[0], v=buffers[1], seen=run.seen)
 
 
-def _doubled(count: int) -> int:
+def doubled(count: int) -> int:
     """Slots for so many tokens: the next power of two, 16 at least; a function of the count alone."""
     return max(16, 1 << (count - 1).bit_length()) if count else 0
