@@ -33,6 +33,7 @@ study-onion: $(STAMP)  ## does growing pay? the onion beside its controls, at eq
 
 study-compression: $(STAMP)  ## the compression methods and their baselines on one scoreboard; resumable
 	$(PY) -m experiments.compression.study
+	$(PY) -m experiments.compression.study --decoder smollm2-135m-instruct
 
 oracles: $(STAMP)  ## operators against the peers' own Triton kernels, in an environment of its own
 	$(PY) -m tests.oracles

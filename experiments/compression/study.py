@@ -1,236 +1,150 @@
-"""What survives compression, at equal bytes: `python -m experiments.compression.study [--decoder smollm2]`.
+"""`make study-compression`: what survives compression, at equal bytes? Every method and its baselines.
 
-A small Llama decoder is pretrained on a prepared dataset; every method is trained around it for the same
-number of
-steps with every seed; all are scored on the same held-out windows. Each (method, seed) is one JSON file under
-the output folder, so that an interrupted study goes on where it stopped.
+    python -m experiments.compression.study                                    the small decoder, 3 seeds
+    python -m experiments.compression.study --decoder smollm2-135m-instruct    real weights, one seed
 
-Shape legend: B batch  C context  T target.
+The small decoder is pretrained here, by train/pretrain.py; each method is trained around it for the same
+number of steps, and all are scored on the same held-out windows. Each (arm, seed) is one JSON file under the
+output folder, and a training in progress has checkpoints: a second call goes on where the first stopped.
+The summary is written beside this file: NAME.md, NAME.json and NAME.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import dataset
 from dataset.files import write_json
-from model.compress import evaluate as ev
-from model.compress import load_decoder, load_tokenizer, wrap
-from model.compress.decoder import new_llama
-from train.compress_data import Example, Reading, collate, read
-from train.compress_loop import Fit, Settings
-from train.hooks import Signals
-from train.metrics import Log
-from train.world import World
+from experiments.commands import ROOT, ensure_data, run
+from experiments.compression import report
+from experiments.compression.arms import VARIABLE, Arm, Effort, arms, fitted, run_arm
+from experiments.compression.decoder import pretrained
+from model.compress import load_decoder, load_tokenizer
+from model.compress.decoder import PACKAGED
+from train.compress_data import Example, Reading, read
 
-TRAINED: dict[str, dict[str, Any]] = {
-    "condense": {"num_condense_tokens": 32, "lora_rank": 16, "lora_alpha": 16},
-    "condense-mean": {"method": "condense", "num_condense_tokens": 32, "slots": "mean", "lora_rank": 16},
-    "autocompressor": {"summary_length": 16, "segment_length": 64, "lora_rank": 16},
-    "variable_autocompressor": {
-        "compression_max_len": 16, "segment_length": 64, "recompress_memory": False,
-        "compression_lambda": 0.05, "compress_stop_threshold": 0.5, "lora_rank": 16,
-    },
-    "pairs": {"T_w": 8, "r": 0.0},
-    "clusters": {"layer_idx": (0,), "use_residuals": True, "importance": False},
-}  # fmt: skip
-BASELINES = ("last", "random_eviction", "sink_window", "snapkv", "mean_pool", "oracle")
-RATES = {"pairs": 1e-3, "clusters": 1e-3}
+HERE = Path(__file__).resolve().parent
+SMALL = Effort(steps=100, batch=8, micro=8, rate=2e-3, examples=128, oracle_steps=25)
+REAL = Effort(steps=100, batch=4, micro=4, rate=5e-4, examples=32, oracle_steps=10)
 
 
-def pretrain(
-    out: Path, data: dataset.Dataset, context: int, steps: int, batch: int = 16, lr: float = 2e-3
-) -> Any:
-    """The study's decoder, about 3M parameters: trained once, then read back."""
-    folder = out / "decoder"
-    if (folder / "config.json").exists():
-        return load_decoder(folder)
-    torch.manual_seed(0)
-    model = new_llama(data.vocab, width=192, layers=6, heads=6, kv_heads=2, positions=2 * context)
-    view = data.view(context, seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.1, betas=(0.9, 0.95))
-    model.train()
-    for step in range(steps):
-        ids = torch.as_tensor(view.batch(step, batch).tokens).long()
-        factor = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * factor
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 0:
-            print(f"decoder: step {step}/{steps}, loss {float(loss.detach()):.3f}", flush=True)
-    model.eval().save_pretrained(folder)
-    return model
+@dataclass(frozen=True)
+class Study:
+    """A command line, settled."""
+
+    name: str
+    decoder: str
+    data: Path
+    out: Path
+    effort: Effort
+    seeds: int
+    context: int
+    target: int
+    ratio: float
+    ratios: tuple[float, ...]
+    pretrain_steps: int
+    only: tuple[str, ...]
 
 
-def one(
-    name: str, seed: int, model: Any, rows: list[Example], held: list[Example], args: argparse.Namespace
-) -> dict[str, Any]:
-    """Train (where there is something to train) and score one method with one seed."""
-    options = dict(TRAINED.get(name, {}))
-    method = options.pop("method", name)
-    torch.manual_seed(seed)
-    c = wrap(model, {"method": method, "seed": seed, **options})
-    if name in TRAINED:
-        lr = RATES.get(name, args.learning_rate)
-        settings = Settings(
-            steps=args.steps, batch=args.batch, micro=args.batch, learning_rate=lr, seed=seed,
-            eval_steps=args.steps, eval_examples=16, save_steps=max(1, args.steps // 2),
-        )  # fmt: skip
-        run = args.out / "runs" / f"{name}_{seed}"
-        run.mkdir(parents=True, exist_ok=True)
-        log = Log(run, True, settings.steps, quiet=True)
-        fit = Fit(
-            c, rows, held, settings, run, log, World(), {"name": name, "seed": seed, "steps": args.steps}
-        )
-        fit.resume()
-        with Signals(alone=True) as signals:
-            if not fit.fit(signals):
-                raise KeyboardInterrupt
-        log.close()
-        c.eval()
-    # Equal bytes: every method is asked for the same ratio where it takes one; its measured bytes are in the
-    # table.
-    asked: dict[str, Any] = (
-        {}
-        if method in ("autocompressor", "variable_autocompressor", "pairs", "full", "none")
-        else {"ratio": args.ratio}
-    )
-    batches = [collate(held[i : i + 16]) for i in range(0, len(held), 16)]
-    made = ev.score(c, batches, **asked)
-    r = made.recovered(seed=seed)
-    return {
-        "method": name, "seed": seed, "tokens": int(made.tokens.sum()),
-        "losses": {v: made.loss(v) for v in made.nll}, "R": r,
-        "beats": {v: made.beats(v, seed=seed) for v in ("none", "adapted_none", "shuffled", "random")},
-        "kv_bytes": made.kv_bytes, "full_kv_bytes": made.full_kv_bytes, "slots": made.slots,
-        "restore": ev.restore_accuracy(c, batches[0], **asked),
-        "cost": ev.cost(c, batches[0], new_tokens=4, rounds=2, **asked).as_dict(),
-    }  # fmt: skip
-
-
-def table(out: Path) -> str:
-    """The results so far as a Markdown table, best R first.
-
-    R and nats are means over seeds; gains are nats per token of the first seed, with the lower end of their
-    interval; `over none` leaves the method's adapter of the decoder on.
-    """
-    found: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted((out / "results").glob("*.json")):
-        r = json.loads(file.read_text())
-        found.setdefault(r["method"], []).append(r)
-    lines = [
-        "| method | seeds | R | 95% (first seed) | nats | none | full | over none | over shuffled "
-        + "| over random | KV bytes | ratio | restored |",
-        "|" + " --- |" * 13,
-    ]
-
-    def mean(rs: list[dict[str, Any]]) -> float:
-        known = [r["R"][0] for r in rs if r["R"]]
-        return sum(known) / len(known) if known else float("nan")
-
-    for name, rs in sorted(found.items(), key=lambda x: -mean(x[1])):
-        f = rs[0]
-        interval = f"{f['R'][1]:.2f} to {f['R'][2]:.2f}" if f["R"] else "gap too small"
-        over = [
-            f"{f['beats'][v][0]:+.3f} ({f['beats'][v][1]:+.3f})"
-            for v in ("adapted_none", "shuffled", "random")
-        ]
-        loss = sum(r["losses"]["compressed"] for r in rs) / len(rs)
-        lines.append(
-            f"| {name} | {len(rs)} | {mean(rs):.3f} | {interval} | {loss:.4f} | {f['losses']['none']:.4f} | "
-            f"{f['losses']['full']:.4f} | {over[0]} | {over[1]} | {over[2]} | {f['kv_bytes']:.0f} | "
-            f"{f['full_kv_bytes'] / max(f['kv_bytes'], 1):.2f} | {f['restore']:.3f} |"
-        )
-    return "\n".join(lines)
-
-
-def plot(out: Path) -> None:
-    """R against measured bytes, one point per method and seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    names = []
-    for file in sorted((out / "results").glob("*.json")):
-        r = json.loads(file.read_text())
-        if not r["R"]:
-            continue
-        if r["method"] not in names:
-            names.append(r["method"])
-        color = f"C{names.index(r['method']) % 10}"
-        label = r["method"] if r["seed"] == 0 else None
-        axes.errorbar(
-            r["kv_bytes"] / 1024,
-            r["R"][0],
-            [[r["R"][0] - r["R"][1]], [r["R"][2] - r["R"][0]]],
-            fmt="o",
-            color=color,
-            label=label,
-        )
-    axes.set_xlabel("KV bytes per context, KiB")
-    axes.set_ylabel("recovered fraction R")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(out / "recovered.png", dpi=150)
-    plt.close(figure)
-
-
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: Sequence[str] | None = None) -> Study:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--decoder", default="small", help="small (pretrained here), or a folder or name of a decoder"
-    )
-    p.add_argument("--data", type=Path, default=Path("data/pystdlib"))
-    p.add_argument("--out", type=Path, default=Path("runs/study_compression"))
-    p.add_argument("--methods", nargs="*", default=[*TRAINED, *BASELINES])
-    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--decoder", default="small", help=f"small (pretrained here), {PACKAGED}, or a folder")
+    p.add_argument("--data", type=Path, default=None, help="prepared with the decoder's tokenizer")
+    p.add_argument("--out", type=Path, default=Path("runs/study-compression"))
+    p.add_argument("--arms", nargs="*", default=(), help="names as in the table; all by default")
+    p.add_argument("--seeds", type=int, default=None, help="3, or 1 for a decoder that is given")
+    p.add_argument("--steps", type=int, default=None, help="of every trained arm (100)")
+    p.add_argument("--batch", type=int, default=None, help="examples a step (8, or 4)")
+    p.add_argument("--learning-rate", type=float, default=None, help="of slots and adapters (2e-3, or 5e-4)")
+    p.add_argument("--examples", type=int, default=None, help="held-out windows that are scored (128, or 32)")
     p.add_argument("--context", type=int, default=128)
     p.add_argument("--target", type=int, default=64)
-    p.add_argument("--steps", type=int, default=400, help="of every trained method")
-    p.add_argument("--pretrain-steps", type=int, default=2500)
-    p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--learning-rate", type=float, default=5e-4)
-    p.add_argument("--ratio", type=float, default=4.0)
-    p.add_argument("--examples", type=int, default=128, help="held-out windows that are scored")
+    p.add_argument("--ratio", type=float, default=4.0, help="source tokens per slot")
+    p.add_argument("--ratios", type=float, nargs="*", default=(2.0, 8.0), help="also, where nothing trains")
+    p.add_argument("--pretrain-steps", type=int, default=480, help="of the small decoder, 4,096 tokens each")
     args = p.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    how = Reading(context=args.context, target=args.target, samples=4000)
-    prepared = (args.data / "manifest.json").is_file()
-    if args.decoder == "small":
-        if not prepared:
-            p.error(f"{args.data}: the small decoder needs a prepared dataset (python -m dataset)")
-        model = pretrain(args.out, dataset.open(args.data), 256, args.pretrain_steps)
+    small = args.decoder == "small"
+    name = "small" if small else Path(args.decoder).name
+    base = SMALL if small else REAL
+    batch = args.batch or base.batch
+    effort = Effort(
+        args.steps or base.steps, batch, batch, args.learning_rate or base.rate,
+        args.examples or base.examples, base.oracle_steps,
+    )  # fmt: skip
+    data = args.data or Path("data/pystdlib" if small else f"data/pystdlib-{name}")
+    ratios = tuple(args.ratios) if small else ()
+    return Study(
+        name, args.decoder, data, args.out / name, effort, args.seeds or (3 if small else 1), args.context,
+        args.target, args.ratio, ratios, args.pretrain_steps, tuple(args.arms),
+    )  # fmt: skip
+
+
+def prepare(study: Study) -> tuple[Any, Any, list[Example], list[Example]]:
+    """The decoder, its tokenizer (None for the small one), training and held-out windows."""
+    if not (ROOT / study.data / "manifest.json").is_file():
+        if study.decoder == "small":
+            ensure_data()
+        else:
+            run("-m", "dataset", "prepare", "--source", "pystdlib", "--tokenizer", study.decoder,
+                "--out", study.data)  # fmt: skip
+    data = dataset.open(ROOT / study.data)
+    if study.decoder == "small":
+        model, tokenizer = pretrained(study.out, study.data, study.pretrain_steps), None
     else:
-        model = load_decoder(args.decoder)
-        if prepared and dataset.open(args.data).vocab != model.config.vocab_size:
-            p.error(f"{args.data}: prepared with another vocabulary than {args.decoder}'s; give a text file")
-    tokenizer = None if prepared else load_tokenizer(args.decoder)
-    rows, held, _ = read(str(args.data), tokenizer, how)
-    held = held[: args.examples]
-    (args.out / "results").mkdir(exist_ok=True)
-    for seed in range(args.seeds):
-        for name in args.methods:
-            file = args.out / "results" / f"{name}_{seed}.json"
-            if file.exists() or (seed > 0 and name in BASELINES and name != "random_eviction"):
-                continue  # what draws nothing at random is the same with every seed
-            print(f"{name}, seed {seed}", flush=True)
-            write_json(file, one(name, seed, model, rows, held, args))
-    text = table(args.out)
-    (args.out / "table.md").write_text(text + "\n")
-    plot(args.out)
+        model, tokenizer = load_decoder(study.decoder), load_tokenizer(study.decoder)
+        if data.vocab > model.config.vocab_size:
+            raise SystemExit(
+                f"{study.data}: vocabulary {data.vocab}, the decoder has {model.config.vocab_size}"
+            )
+    how = Reading(context=study.context, target=study.target, samples=4000)
+    rows, held, _ = read(str(ROOT / study.data), None, how)
+    return model, tokenizer, rows, held[: study.effort.examples]
+
+
+def result_file(study: Study, name: str, seed: int) -> Path:
+    return study.out / "results" / f"{name}_{seed}.json"
+
+
+def todo(study: Study) -> list[tuple[Arm, int]]:
+    """What has no result yet, seed by seed. What draws nothing at random is scored once."""
+    every = arms(study.effort, study.ratio, study.ratios, study.context)
+    unknown = set(study.only) - {a.name for a in every}
+    if unknown:
+        raise SystemExit(f"no arm {', '.join(sorted(unknown))}; there are {', '.join(a.name for a in every)}")
+    chosen = [a for a in every if not study.only or a.name in study.only]
+    return [
+        (arm, seed)
+        for seed in range(study.seeds)
+        for arm in chosen
+        if (seed == 0 or arm.random) and not result_file(study, arm.name, seed).exists()
+    ]
+
+
+def main(argv: Sequence[str] | None = None, summary: Path = HERE) -> int:
+    study = parse(argv)
+    left = todo(study)
+    (study.out / "results").mkdir(parents=True, exist_ok=True)
+    if left:
+        model, tokenizer, rows, held = prepare(study)
+    for arm, seed in left:
+        variable = result_file(study, VARIABLE, seed)
+        if arm.name == "autocompressor-matched" and not variable.exists():
+            print(f"{arm.name}, seed {seed}: needs {VARIABLE} first, left out", flush=True)
+            continue
+        settled = fitted(arm, json.loads(variable.read_text()) if variable.exists() else None, study.context)
+        made = run_arm(settled, seed, model, rows, held, study.effort, study.out / "runs", tokenizer)
+        write_json(result_file(study, arm.name, seed), made)
+        R = "gap too small" if made["R"] is None else f"R {made['R'][0]:.3f}"
+        cpu = made["train_cpu_s"] + made["score_cpu_s"]
+        print(f"{arm.name}, seed {seed}: {R}, {cpu:.0f} CPU seconds", flush=True)
+    results = report.load(study.out / "results")
+    text = report.write(results, summary / study.name, study.ratio)
     print(text)
     return 0
 
