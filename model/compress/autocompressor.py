@@ -13,6 +13,7 @@ Shape legend: B batch  T time  M memory slots  E embedding width  V vocabulary.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -112,9 +113,9 @@ class SegmentCompressor(ContextCompressor):
 
     # ------------------------------------------------------------------ one segment
 
+    @abstractmethod
     def summarise(self, memory, embeds, mask, keep=True):
         """Read a segment after the memory: (text features [B, T, E], its summary as a context or None)."""
-        raise NotImplementedError(f"{type(self).__name__}.summarise")
 
     def segment(self, memory: CompressedContext | None, embeds: Tensor, mask: Tensor, tail: Tensor | None):
         """Run [memory; embeds; tail]. embeds [B, T, E], mask [B, T], tail [n, E] or None.

@@ -8,6 +8,7 @@ the left first, so a method only ever sees rows that begin at column 0.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class CompressorOutput:
     stats: dict[str, Tensor] = field(default_factory=dict)
 
 
-class ContextCompressor(Saved):
+class ContextCompressor(Saved, ABC):
     """A decoder together with a method that compresses contexts for it.
 
     The decoder is not a submodule: parameters, state dict and checkpoints hold the method's own tensors.
@@ -132,21 +133,26 @@ class ContextCompressor(Saved):
         if state is not None:
             self._check_context(state, ids.shape[0])
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
-            return self._compress(ids, mask, self.slots_wanted(mask.sum(1), ratio, budget), state)
+            return self._compress(ids, mask, self._wanted(mask, state, ratio, budget), state)
 
+    @abstractmethod
     def _compress(
         self, ids: Tensor, mask: Tensor, slots: Tensor, state: CompressedContext | None
     ) -> CompressedContext:
         """ids, mask [B, T], packed left; slots int64 [B], the most each row may use."""
-        raise NotImplementedError(f"{type(self).__name__}._compress")
+
+    def _wanted(
+        self, mask: Tensor, state: CompressedContext | None, ratio: float | None, budget: int | None
+    ) -> Tensor:
+        """Slots [B] for `_compress`, from the tokens mask [B, T] marks."""
+        return self.slots_wanted(mask.sum(1), ratio, budget)
 
     def recompress(self, context: CompressedContext, slots: Tensor) -> CompressedContext:
         """Compress an already compressed context to `slots` [B] slots; for methods that accept a carrier."""
         raise TypeError(f"{self.registered_name} compresses {', '.join(sorted(self.accepts))} alone")
 
     def slots_wanted(self, lengths: Tensor, ratio: float | None, budget: int | None) -> Tensor:
-        """Slots [B] for contexts of `lengths` [B]: floor(length / ratio), at least 1 where there is a
-        token."""
+        """Slots [B] for contexts of `lengths` [B]: floor(length / ratio), at least 1 for a token."""
         if budget is not None:
             return lengths.clamp_max(budget)
         ratio = self.config.ratio if ratio is None else ratio
@@ -374,8 +380,7 @@ class ContextCompressor(Saved):
 
     def memory_report(self, context: CompressedContext) -> dict[str, float]:
         """Measured bytes: kept (the artefact as carried), kv (keys and values that decoding holds), full_kv
-        (an
-        uncompressed cache of the same rows), ratio (full_kv / kv) and mean slots per row and layer."""
+        (an uncompressed cache of the same rows), ratio (full_kv / kv) and mean slots per row and layer."""
         with torch.no_grad():
             layers = self.lower(context)
         tensors = {t.untyped_storage().data_ptr(): t for x in layers for t in (x.keys, x.values)}

@@ -14,6 +14,7 @@ Shape legend: B batch  T time  S slots  G key/value heads  K head width.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -67,9 +68,9 @@ class Eviction(ContextCompressor):
     gives = "cache"
     accepts = frozenset({"tokens", "cache"})
 
+    @abstractmethod
     def scores(self, mask: Tensor) -> Tensor:
         """Worth [B, S] of each slot; mask [B, S] marks those that exist, packed left."""
-        raise NotImplementedError(f"{type(self).__name__}.scores")
 
     def _compress(self, ids, mask, slots, state):
         run, _ = prefill(self.decoder, ids, mask, state)

@@ -9,7 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from model.compress.base import ContextCompressor
@@ -48,17 +47,20 @@ class Chain(ContextCompressor):
     def gives(self) -> str:  # type: ignore[override]
         return self.stages[-1].gives
 
-    def compress(self, input_ids, attention_mask=None, *, ratio=None, budget=None, state=None):
-        last = len(self.stages) - 1
-        options = {"ratio": ratio, "budget": budget}
-        context = self.stages[0].compress(
-            input_ids, attention_mask, state=state, **(options if last == 0 else {})
-        )
-        for i, stage in enumerate(self.stages[1:], 1):
-            context = self._next(stage, context, options if i == last else {})
-        return replace(context, method=self.registered_name)
+    def _wanted(self, mask, state, ratio, budget):
+        """A later stage compresses all that is kept, an earlier state included."""
+        earlier = 0 if state is None or len(self.stages) == 1 else state.source_length
+        return self.stages[-1].slots_wanted(mask.sum(1) + earlier, ratio, budget)
 
-    def _next(self, stage: Any, context: CompressedContext, options: dict[str, Any]) -> CompressedContext:
+    def _compress(self, ids, mask, slots, state):
+        if len(self.stages) == 1:
+            return replace(self.stages[0]._compress(ids, mask, slots, state), method=self.registered_name)
+        context = self.stages[0].compress(ids, mask, state=state)
+        for stage in self.stages[1:-1]:
+            context = self._next(stage, context, stage.slots_wanted(context.source_length, None, None))
+        return replace(self._next(self.stages[-1], context, slots), method=self.registered_name)
+
+    def _next(self, stage: Any, context: CompressedContext, wanted: Tensor) -> CompressedContext:
         if context.carrier not in stage.accepts:
             layers = self.lower(context)
             context = CompressedContext(
@@ -69,11 +71,7 @@ class Chain(ContextCompressor):
                 layers=layers,
             )
         held = context.slot_counts if context.carrier == "embeds" else context.slot_counts[0]
-        wanted: Tensor = stage.slots_wanted(
-            context.source_length, options.get("ratio"), options.get("budget")
-        )
-        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
-            return stage.recompress(context, wanted.minimum(held))
+        return stage.recompress(context, wanted.minimum(held))
 
     def save(self, folder: str | Path) -> None:
         """Every stage in a folder of its own, and compressor_config.json naming them."""
