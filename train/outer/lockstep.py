@@ -1,0 +1,165 @@
+"""What diloco and streaming share: replicas of the outer parameters, and a roll call before each exchange.
+
+Shape legend: N values of a fragment  k workers.
+
+Every worker keeps the outer parameters and their momentum itself and applies the same step to them, so
+nothing but deltas travels. The roll call compares what must be equal: the outer parameters' hash, the step,
+the length of the run, and at the start the plan, the data and the code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from model.sections import OuterConfig
+from train.errors import UserError
+from train.outer import arrays, codec, layout, rules
+from train.outer.arrays import Array
+from train.outer.exchange import Channel, Comm, Traffic
+from train.outer.layout import Fragment
+from train.outer.rules import PLAIN, Step
+
+CARD = 512  # bytes of a roll-call card
+
+
+class Replica:
+    """One fragment: the tensors trained here, the outer parameters all workers agree on, their momentum."""
+
+    def __init__(self, fragment: Fragment, comm: Comm, config: OuterConfig, traffic: Traffic) -> None:
+        self.fragment, self.offload = fragment, config.offload
+        self.rule = PLAIN if fragment.plain else Step(config.lr, config.momentum, config.nesterov)
+        wire = codec.make("fp32" if fragment.plain else config.codec, config.density)
+        self.channel = Channel(fragment.size, comm, wire, config.feedback, traffic)
+        self.outer: Array = fragment.get(self.offload)
+        self.m: Array | None = None
+        self.dropped = 0
+
+    def delta(self) -> Array:
+        """θ_outer - θ_local; zero, and counted, when something in it is not finite."""
+        local = self.fragment.get(self.offload)
+        delta = self.outer - local
+        if arrays.namespace(delta).isfinite(delta).all():
+            return delta
+        self.dropped += 1
+        return arrays.namespace(delta).zeros_like(delta)
+
+    def step(self, mean: Array) -> None:
+        self.outer, self.m = rules.descend(self.outer, mean, self.m, self.rule)
+
+    def adopt(self, alpha: float = 0.0) -> None:
+        """θ_local <- α θ_local + (1 - α) θ_outer; statistics are taken over whole."""
+        if self.fragment.plain and alpha < 1:
+            alpha = 0.0
+        if alpha < 1:
+            local = self.fragment.get(self.offload) if alpha else self.outer
+            self.fragment.put(rules.blend(local, self.outer, alpha))
+
+    def state_dict(self) -> dict[str, Any]:
+        residuals = [layout.saved(r) for r in self.channel.residuals()]
+        m = layout.saved(self.m)
+        return {"outer": layout.saved(self.outer), "m": m, "residuals": residuals, "dropped": self.dropped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if tuple(state["outer"].shape) != self.outer.shape:
+            raise ValueError(f"outer parameters: {state['outer'].shape} values, not {self.outer.shape}")
+        like = self.outer
+        outer = layout.restored(state["outer"], like)
+        assert outer is not None
+        self.outer, self.m = outer, layout.restored(state["m"], like)
+        self.channel.set_residuals([layout.restored(r, like) for r in state["residuals"]])
+        self.dropped = int(state["dropped"])
+
+
+class Lockstep:
+    """Base of the outer loops in which all workers meet. identity: what must be equal to train together."""
+
+    def __init__(
+        self, config: OuterConfig, parts: Sequence[Fragment], comm: Comm, identity: Mapping[str, str]
+    ) -> None:
+        self.config, self.comm = config, comm
+        self.identity = {**identity, "tensors": layout.signature(list(parts))}
+        self.traffic = Traffic()
+        self.replicas = [Replica(f, comm, config, self.traffic) for f in parts]
+        self.stop = False  # this worker wants to stop; all do at the next roll call that says so
+        self.stopped = False
+
+    def begin(self, state: Any) -> None:
+        """Before the first step, and after a resume. Raises UserError when workers do not fit together."""
+        cards = self._cards({**self.identity, "step": state.step, "outer": self.fingerprint()})
+        for key in cards[0]:
+            values = [c[key] for c in cards]
+            if len(set(values)) > 1:
+                raise UserError(
+                    f"outer.kind: {self.config.kind}: workers differ in their {WHAT.get(key, key)}: "
+                    + ", ".join(f"worker {i}: {v}" for i, v in enumerate(values))
+                    + "; start all of them from the same code, configuration, data and checkpoint"
+                )
+
+    def card(self, state: Any) -> dict[str, Any]:
+        """What this worker says before an exchange."""
+        same = {"step": state.step, "total": state.schedule.total, "outer": self.fingerprint()}
+        return {**same, "stop": self.stop}
+
+    def compare(self, card: dict[str, Any]) -> bool:
+        """The roll call: whether somebody wants to stop. Raises UserError when replicas have drifted."""
+        cards = self._cards(card)
+        for key in ("step", "total", "outer"):
+            if len({c[key] for c in cards}) > 1:
+                raise UserError(
+                    f"step {card['step']}: replicas differ in their {WHAT.get(key, key)}: "
+                    f"{[c[key] for c in cards]}; nothing was exchanged; resume from an earlier checkpoint"
+                )
+        return any(c["stop"] for c in cards)
+
+    def fingerprint(self) -> str:
+        return f"{layout.fingerprint([r.outer for r in self.replicas]):016x}"
+
+    def agree(self, stopping: bool) -> bool:
+        """Whether to stop now. A wish is heard at the next roll call, so that all stop at the same step."""
+        self.stop = stopping
+        return stopping if self.comm.size == 1 else self.stopped
+
+    def _cards(self, card: dict[str, Any]) -> list[dict[str, Any]]:
+        text = json.dumps(card).encode()
+        if len(text) > CARD:
+            raise ValueError(f"a roll-call card of {len(text)} bytes, at most {CARD}")
+        mine = np.frombuffer(text.ljust(CARD), np.uint8).copy()
+        return [json.loads(bytes(c)) for c in self.comm.share(mine)]
+
+    def report(self) -> dict[str, Any]:
+        """What a log line says about the outer loop: bytes of this worker, exchanges, dropped deltas."""
+        t, dropped = self.traffic, sum(r.dropped for r in self.replicas)
+        return {"sent": t.sent, "received": t.received, "rounds": t.rounds, "dropped": dropped}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "kind": self.config.kind,
+            "replicas": [r.state_dict() for r in self.replicas],
+            "traffic": vars(self.traffic).copy(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("kind") != self.config.kind:
+            raise ValueError(f"outer state of {state.get('kind')!r}, not of {self.config.kind!r}")
+        for r, saved in zip(self.replicas, state["replicas"], strict=True):
+            r.load_state_dict(saved)
+        vars(self.traffic).update(state["traffic"])
+
+
+WHAT = {
+    "outer": "outer parameters (hash)",
+    "tensors": "trained tensors (hash)",
+    "plan": "configuration (digest)",
+    "data": "dataset",
+    "code": "code (digest)",
+    "total": "length of the run",
+}
+
+
+def parts_of(model: nn.Module, config: OuterConfig) -> list[Fragment]:
+    return layout.fragments(model, config.fragments if config.kind == "streaming" else 1)

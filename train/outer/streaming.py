@@ -1,0 +1,92 @@
+"""Streaming DiLoCo (2501.18512): fragments that travel while training goes on.
+
+Fragment p of P is sent every H steps, at steps ≡ pH/P (mod H). Its mean arrives τ steps later:
+
+    step t:      Δ_p = θ_p^outer - θ_p                  sent in the background
+    step t + τ:  θ_p^outer <- Outer(θ_p^outer, mean Δ_p)
+                 θ_p <- α θ_p + (1 - α) θ_p^outer
+
+P = 1, τ = 0, α = 0 is DiLoCo to the bit; α = 1 trains as if nobody had spoken. After the last step of a run
+every fragment is exchanged once more and taken over whole, so that a stage ends (and grows) on all workers
+from the same parameters.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from train.outer import layout
+from train.outer.arrays import Array
+from train.outer.lockstep import Lockstep
+
+Job = Future[tuple[bool, Array]]  # (somebody wants to stop, the mean)
+
+
+class Streaming(Lockstep):
+    """Exchanges run in one thread of their own, in the order of steps, which is the same on all workers."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._thread = ThreadPoolExecutor(1, "outer")
+        self._pending: dict[int, tuple[int, Job]] = {}  # fragment: (step when due, job)
+        count = sum(not r.fragment.plain for r in self.replicas)
+        every = self.config.every
+        # Statistics go along with the first fragment.
+        self._offsets = [0 if r.fragment.plain else i * every // count for i, r in enumerate(self.replicas)]
+
+    def maybe_sync(self, state: Any) -> None:
+        """Called after every inner step. Raises UserError when replicas differ."""
+        step, config = state.step, self.config
+        if step == state.schedule.total:
+            return self._close(state)
+        for i in [i for i, at in enumerate(self._offsets) if step % config.every == at]:
+            self._start(i, state, step + config.overlap)
+        for i in [i for i, (due, _) in self._pending.items() if due <= step]:
+            self._finish(i, config.blend)
+
+    def _start(self, i: int, state: Any, due: int) -> None:
+        """Roll call and exchange run in the background: on a slow line even the first takes its time."""
+        r = self.replicas[i]
+        card, delta = self.card(state), r.delta()
+
+        def job() -> tuple[bool, Array]:
+            return self.compare(card), r.channel.mean(delta)
+
+        self._pending[i] = due, self._thread.submit(job)
+        self.traffic.rounds += 1
+
+    def _finish(self, i: int, alpha: float) -> None:
+        r, (_, job) = self.replicas[i], self._pending.pop(i)
+        stop, mean = job.result()
+        self.stopped |= stop  # at the same step on every worker
+        r.step(mean)
+        r.adopt(alpha)
+
+    def _close(self, state: Any) -> None:
+        """The end of a run: what is under way arrives, then every fragment once more, taken over whole."""
+        for i in list(self._pending):
+            self._finish(i, self.config.blend)
+        for i in range(len(self.replicas)):
+            self._start(i, state, state.step)
+            self._finish(i, 1.0 if self.config.blend == 1 else 0.0)
+
+    def boundary(self, step: int) -> bool:
+        """Fragments are never all equal before the end, so a stage may end anywhere: `_close` sees to it."""
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Waits for what is under way: a mean that has arrived and is not yet due is saved."""
+        pending = {}
+        for i, (due, job) in self._pending.items():
+            stop, mean = job.result()
+            pending[str(i)] = {"due": due, "stop": stop, "mean": layout.saved(mean)}
+        return {**super().state_dict(), "pending": pending}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for i, entry in state["pending"].items():
+            done: Job = Future()
+            mean = layout.restored(entry["mean"], self.replicas[int(i)].outer)
+            done.set_result((bool(entry["stop"]), mean))
+            self._pending[int(i)] = int(entry["due"]), done
