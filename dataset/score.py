@@ -73,7 +73,12 @@ def _lab(name: str, context: int, device: torch.device) -> Reference:
         lm = model.load(name).to(device)
     except model.ConfigError as error:
         raise DatasetError(str(error)) from error
-    heads = [h for h, head in lm.heads.items() if head.shift == 1]
+    heads = [
+        name + suffix
+        for name, head in lm.named_heads()
+        for suffix, readout in head.readouts.items()
+        if head.speaks and readout.shift == 1
+    ]
     if not heads:
         raise DatasetError(f"model {name!r}: it has no head that predicts the next token")
 

@@ -19,6 +19,7 @@ from torch import nn
 from model import config as configs
 from model.build import DEFAULT_VOCAB, build
 from model.flops import SiteCost, site_costs
+from model.heads import Head
 from model.hub import table_shape
 from model.items import Cross, Fade, Item, Visit
 from model.lm import LanguageModel
@@ -204,11 +205,19 @@ class _Walker:
             self.items(item.inner, depth + 1, share / merge)
 
     def heads(self) -> None:
-        for name, head in self.lm.heads.items():
+        for name, head in self.lm.named_heads():
             site = f"heads.{name}"
             shape = f"{self.lm.config.dim} → {self.lm.vocab}"
-            notes = (f"token +{head.shift}, weight {head.weight:g}",)
-            self.add(Site(site, site, "head", "head", 0, shape, 0, notes=notes), head, self.costs[site])
+            reads = head.readouts.values()
+            shifts = ", ".join(f"+{read.shift}" for read in reads)
+            draft = (f"drafts {head.reach}",) if head.reach else ()
+            notes = (f"token {shifts}, weight {next(iter(reads)).weight:g}", *draft)
+            self.add(Site(site, site, _kind(head), "head", 0, shape, 0, notes=notes), head, self.costs[site])
+
+
+def _kind(head: Head) -> str:
+    """`head`, or the kind of one that predicts several tokens."""
+    return type(head).__name__.removesuffix("Head").lower().replace("single", "head")
 
 
 def _fade_notes(item: Fade, params: dict[str, Any]) -> tuple[str, ...]:

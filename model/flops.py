@@ -59,9 +59,19 @@ class _Counter:
         self.table_trained = self.live = any(p.requires_grad for p in lm.embed.parameters())
         self.out: list[SiteCost] = []
 
-    def add(self, site: str, name: str, module: nn.Module, T: int, cost: Cost, extra: float = 0.0) -> None:
-        """extra: forward FLOPs of one more weight matmul, whose weight is trained if the table is."""
-        linear = linear_flops(module) * T
+    def add(
+        self,
+        site: str,
+        name: str,
+        module: nn.Module,
+        T: int,
+        cost: Cost,
+        extra: float = 0.0,
+        linear: float | None = None,
+    ) -> None:
+        """extra: forward FLOPs of one more weight matmul, whose weight is trained if the table is.
+        linear: of the module's Linears; None: each is used once a token."""
+        linear = linear_flops(module) * T if linear is None else linear
         trained = any(p.requires_grad for p in module.parameters())
         training = linear + cost.flops + extra
         if self.live or trained:
@@ -91,6 +101,5 @@ class _Counter:
         trunk = self.live
         for name, head in self.lm.named_heads():
             self.live = trunk
-            cost = head.ffn.cost(T) if head.ffn is not None else Cost()
-            logits = 2.0 * self.lm.vocab * self.lm.config.dim * T
-            self.add(f"heads.{name}", name, head, T, cost, logits)
+            cost = head.cost(T, self.lm.vocab)
+            self.add(f"heads.{name}", name, head, T, cost.rest, cost.table, cost.linear)

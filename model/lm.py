@@ -7,24 +7,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from model.blocks.xattn import KVMemory
+from model.blocks.memory import KVMemory, make_memory
 from model.combine import Faded, Residual
-from model.core import NO_AUX, Aux, Bottleneck, Ctx, Docs, merge_aux
+from model.core import NO_AUX, Aux, Bottleneck, Ctx, Docs, at_least_fp32, merge_aux
 from model.embed import Embed
 from model.flops import flops_per_token
 from model.generate import generate
-from model.heads import IGNORE, Head, shift_targets, shift_weights
+from model.heads import (
+    IGNORE,
+    Head,
+    HeadStep,
+    Reading,
+    Readout,
+    Words,
+    make_head,
+    shift_targets,
+    shift_weights,
+)
 from model.items import Bracket, Cross, ModuleSpec, Plan, Visit
 from model.ops.loss import linear_argmax, linear_cross_entropy
 from model.plan import make_plan
 from model.quant.adapter import Adapter
 from model.registry import make_block, make_quantizer, make_wrap
-from model.run import Pass, States
+from model.run import Around, Pass, States
 from model.schema import Config
 
 
@@ -32,26 +42,41 @@ from model.schema import Config
 class Output:
     """What a forward pass returns.
 
-    logits: [B, T, V] of the first head, or None when labels were given (they are never all held).
+    logits: [B, T, V] of the output head, or None when labels were given (they are never all held).
+    hidden: [B, T, D] that the heads read, beside logits.
     loss:   0-d fp32: weighted heads plus auxiliary losses; None without labels.
-    losses: {head: 0-d mean cross-entropy in nats}, detached.
-    sums:   {head: (sum of weighted nats, sum of weights)}, detached: exact means over many batches.
+    losses: {readout: 0-d mean cross-entropy in nats}, detached; see `LanguageModel.readouts`.
+    sums:   {readout: (sum of weighted nats, sum of weights)}, detached: exact means over many batches.
     state:  {site: state} after the last token, when a state was passed in.
     aux:    named losses and statistics by site.
+    aims:   {readout: what is minimised, summed like the nats of `sums`}, detached: the same unless the model
+            has an objective of its own.
     """
 
     logits: Tensor | None = None
+    hidden: Tensor | None = None
     loss: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     state: States | None = None
     aux: Aux = NO_AUX
+    aims: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What may stand in place of the cross-entropy; see `train.objective`."""
+
+    def __call__(
+        self, h: Tensor, table: Tensor, targets: Tensor, weights: Tensor | None, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class LanguageModel(nn.Module):
     """A model made of a bank of modules and a plan that says where each is visited."""
 
     progress: Tensor
+    objective: Objective | None = None  # of training alone; None: cross-entropy
+    around: Around = {}  # how the visits of some sites are called in training; see `run.Pass`
 
     def __init__(self, config: Config, vocab: int, rows: Tensor | None = None) -> None:
         """rows: pretrained table [V, W] for `embed: {from: ...}`, or None."""
@@ -61,8 +86,10 @@ class LanguageModel(nn.Module):
         self.embed = Embed(vocab, config.dim, config.embed, rows, config.init_std)
         eps = config.norm_eps
         self.bank = nn.ModuleDict({name: _build(spec, eps) for name, spec in self.plan.modules.items()})
-        self.heads = nn.ModuleDict({name: Head(config.dim, c, eps) for name, c in config.heads.items()})
+        self.heads = nn.ModuleDict({name: make_head(config.dim, c, eps) for name, c in config.heads.items()})
         self.register_buffer("progress", torch.zeros(()), persistent=False)
+        mup = config.optim.mup
+        self.logit_scale = 1.0 if mup is None else mup.base / config.dim  # see train.optim.mup
         visits = sum(isinstance(item, Visit) for item in self.plan.walk())
         scale_residual_outputs(self.bank, max(visits, 1))
         if self.plan.freeze_input:
@@ -81,6 +108,7 @@ class LanguageModel(nn.Module):
         norms: Mapping[str, Tensor | float] | None = None,
         aux_scale: float = 1.0,
         last: bool = False,
+        reference: Tensor | None = None,
     ) -> Output:
         """tokens [B, T] int64. See `Output` for what comes back.
 
@@ -89,19 +117,21 @@ class LanguageModel(nn.Module):
         weights:   [B, T] loss weight of each token as a target.
         docs:      where documents lie; None: every row is one document.
         state:     from `init_state` or an earlier call; consumed.
-        norms:     {head: divisor of the summed loss}; default the batch's own sum of weights. The
+        norms:     {readout: divisor of the summed loss}; default the batch's own sum of weights. The
                    global batch's makes accumulated and data-parallel gradients exact.
         aux_scale: factor on auxiliary losses (a micro batch's share of the global batch).
+        reference: [B, T] nats of a reference model for each token as a target, for `objective`.
         last:      logits of the last position only, [B, 1, V]; a yoco then skips its cross half elsewhere.
         """
         table = self.embed.table()
         x, run = self._trunk(tokens, table, docs, state, last and labels is None)
         out = Output(state=run.out if state is not None else None)
-        unembed = self.embed.output_table(table)
+        unembed = self._unembed(table)
+        words = self._words(tokens, table, labels, weights)
         if labels is None:
-            out.logits = self._logits(x, unembed, run, last)
+            out.hidden, out.logits = self._logits(x, unembed, words, run, last)
         else:
-            self._losses(x, unembed, labels, weights, docs, norms, run, out)
+            self._losses(x, unembed, words, norms, run, out, reference)
         out.aux = merge_aux(run.aux)
         if out.loss is not None:
             for value in out.aux.losses.values():
@@ -117,91 +147,127 @@ class LanguageModel(nn.Module):
         last: bool = False,
     ) -> tuple[Tensor, Pass]:
         """What the heads read: [B, T, D] (or [B, 1, D] where a cross half was skipped), and the pass."""
-        run = Pass(self.bank, Ctx(docs=docs, progress=self.progress), state, last)
+        around = self.around if self.training and state is None else {}
+        run = Pass(self.bank, Ctx(docs=docs, progress=self.progress), state, last, around)
         return run.run(self.plan.items, self._compute_dtype(self.embed(tokens, table))), run
 
     def _compute_dtype(self, x: Tensor) -> Tensor:
         device = x.device.type
         return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
-    def _head(self, name: str, x: Tensor, run: Pass) -> Tensor:
-        step = self.heads[name](x, run.state(f"heads.{name}"), run.ctx)
-        run.keep(f"heads.{name}", step.state, step.aux)
-        return step.y
+    def _words(
+        self,
+        tokens: Tensor,
+        table: Tensor | None,
+        labels: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Words:
+        return Words(tokens, lambda ids: self.embed(ids, table), labels, weights)
 
-    def _logits(self, x: Tensor, unembed: Tensor, run: Pass, last: bool) -> Tensor:
+    def _head(self, name: str, x: Tensor, run: Pass, words: Words) -> HeadStep:
+        step = self.heads[name](x, run.state(f"heads.{name}"), run.ctx, words)
+        run.keep(f"heads.{name}", step.state, step.aux)
+        return step
+
+    def _logits(
+        self, x: Tensor, unembed: Tensor, words: Words, run: Pass, last: bool
+    ) -> tuple[Tensor, Tensor]:
         first = self.output_head
         for name in self.heads:
             if name != first and run.states is not None:
-                self._head(name, x, run)  # its state must go on
-        h = self._head(first, x, run)
+                self._head(name, x, run, words)  # its state must go on
+        h = self._head(first, x, run, words).y
+        assert h is not None
         if last and h.shape[1]:
-            h = h[:, -1:] if run.ctx.docs is None else _last_tokens(h, run.ctx.docs)
-        return nn.functional.linear(h, unembed.to(h.dtype)).float()
+            x, h = (t[:, -1:] if run.ctx.docs is None else _last_tokens(t, run.ctx.docs) for t in (x, h))
+        return x, nn.functional.linear(h, unembed.to(h.dtype)).float()
 
     def _losses(
         self,
         x: Tensor,
         unembed: Tensor,
-        labels: Tensor,
-        weights: Tensor | None,
-        docs: Docs | None,
+        words: Words,
         norms: Mapping[str, Tensor | float] | None,
         run: Pass,
         out: Output,
+        reference: Tensor | None,
     ) -> None:
+        assert words.labels is not None
         total = x.new_zeros((), dtype=torch.float32)
-        for name, head in self.named_heads():
-            h = self._head(name, x, run).flatten(0, 1)
-            targets = shift_targets(labels, head.shift, docs).flatten()
-            w = None if weights is None else shift_weights(weights, head.shift).flatten()
-            nats = linear_cross_entropy(h, unembed, targets, w)
-            count = _count(targets, w)
-            norm = count.clamp_min(1e-9) if norms is None else norms[name]
-            total = total + head.weight * nats / norm
-            out.sums[name] = (nats.detach(), count)
-            out.losses[name] = nats.detach() / count.clamp_min(1e-9)
+        counts = self.head_counts(words.labels, run.ctx.docs, words.weights)
+        for head in self.heads:
+            for suffix, readings in self._head(head, x, run, words).readings.items():
+                name = head + suffix
+                aim = nats = x.new_zeros((), dtype=torch.float32)
+                for r in readings:
+                    part, ce = self._token_losses(r, unembed, self.readouts[name].shift, reference)
+                    aim, nats = aim + part, nats + ce
+                count = counts[name]
+                norm = count.clamp_min(1e-9) if norms is None else norms[name]
+                total = total + self.readouts[name].weight * aim / norm
+                out.sums[name], out.aims[name] = (nats.detach(), count), aim.detach()
+                out.losses[name] = nats.detach() / count.clamp_min(1e-9)
         out.loss = total
 
-    def nll(self, tokens: Tensor, docs: Docs | None = None) -> dict[str, Tensor]:
-        """{head: [B, T] nats of what the head predicts at each position}; nan where there is no target."""
-        out = {}
-        for name, (h, unembed, targets) in self._predictions(tokens, docs).items():
-            nats = linear_cross_entropy(h, unembed, targets.flatten(), reduction="none")
-            out[name] = nats.view_as(targets).masked_fill(targets == IGNORE, float("nan"))
-        return out
+    def _token_losses(
+        self, r: Reading, unembed: Tensor, shift: int, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(what is minimised, cross-entropy), 0-d sums over the reading's targets."""
+        table = unembed if r.table is None else r.table
+        if self.objective is None or not self.training:
+            nats = linear_cross_entropy(r.h, table, r.targets, r.weights)
+            return nats, nats.detach()
+        plain = shift == 1 and r.at is None and r.table is None
+        shifted = shift_weights(reference, 1) if plain and reference is not None else None
+        return self.objective(r.h, table, r.targets, r.weights, shifted)
 
-    def top1(self, tokens: Tensor, docs: Docs | None = None) -> dict[str, tuple[int, int]]:
-        """{head: (targets that are the head's likeliest token, targets)}."""
+    @torch.no_grad()
+    def nll(self, tokens: Tensor, docs: Docs | None = None) -> dict[str, Tensor]:
+        """{readout: [B, T] nats of what is predicted at each position}; nan where there is no target.
+
+        Of a head that says blocks: terms of its bound, whose sum counts (`mask`: of the masked tokens alone,
+        weighted; `var`: a code's nats stand at its block's first token).
+        """
+        x, run, unembed, words = self._supervised(tokens, docs)
         out = {}
-        for name, (h, unembed, targets) in self._predictions(tokens, docs).items():
-            flat = targets.flatten()
-            out[name] = int((linear_argmax(h, unembed) == flat).sum()), int((flat != IGNORE).sum())
+        for head in self.heads:
+            for suffix, readings in self._head(head, x, run, words).readings.items():
+                targets = shift_targets(tokens, self.readouts[head + suffix].shift, docs)
+                total = torch.zeros(tokens.numel(), dtype=at_least_fp32(x.dtype), device=x.device)
+                for r in readings:
+                    table = unembed if r.table is None else r.table
+                    nats = linear_cross_entropy(r.h, table, r.targets, r.weights, reduction="none")
+                    total = nats if r.at is None else total.index_add(0, r.at, nats.to(total.dtype))
+                out[head + suffix] = total.view_as(targets).masked_fill(targets == IGNORE, float("nan"))
         return out
 
     @torch.no_grad()
-    def _predictions(self, tokens: Tensor, docs: Docs | None) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """{head: (states [B*T, D], unembedding [V, D], targets [B, T])}."""
+    def top1(self, tokens: Tensor, docs: Docs | None = None) -> dict[str, tuple[int, int]]:
+        """{readout: (predicted tokens that are its likeliest, predicted tokens)}; of `mask`, the masked."""
+        x, run, unembed, words = self._supervised(tokens, docs)
+        out = {}
+        for head in self.heads:
+            for suffix, readings in self._head(head, x, run, words).readings.items():
+                r = readings[0]
+                hits = (linear_argmax(r.h, unembed) == r.targets).sum()
+                out[head + suffix] = int(hits), int((r.targets != IGNORE).sum())
+        return out
+
+    def _supervised(self, tokens: Tensor, docs: Docs | None) -> tuple[Tensor, Pass, Tensor, Words]:
+        """A pass without states: what the heads read, the pass, the unembedding, tokens that are labels."""
         table = self.embed.table()
         x, run = self._trunk(tokens, table, docs, None)
-        return {
-            name: (
-                self._head(name, x, run).flatten(0, 1),
-                self.embed.output_table(table),
-                shift_targets(tokens, head.shift, docs),
-            )
-            for name, head in self.named_heads()
-        }
+        return x, run, self._unembed(table), self._words(tokens, table, tokens)
 
     @torch.no_grad()
     def head_counts(
         self, labels: Tensor, docs: Docs | None = None, weights: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """{head: sum of weights of its supervised tokens}, without a forward pass."""
+        """{readout: sum of weights of its supervised tokens}, without a forward pass."""
         out = {}
-        for name, head in self.named_heads():
-            w = None if weights is None else shift_weights(weights, head.shift)
-            out[name] = _count(shift_targets(labels, head.shift, docs), w)
+        for name, (shift, _) in self.readouts.items():
+            w = None if weights is None else shift_weights(weights, shift)
+            out[name] = _count(shift_targets(labels, shift, docs), w)
         return out
 
     # -- state
@@ -212,10 +278,17 @@ class LanguageModel(nn.Module):
     @property
     def output_head(self) -> str:
         """The head that generates: the first that predicts the next token, else the first."""
-        for name, head in self.named_heads():
-            if head.shift == 1:
-                return name
-        return next(iter(self.heads))
+        shifts = {name: next(iter(h.readouts.values())).shift for name, h in self.named_heads() if h.speaks}
+        if not shifts:
+            raise ValueError(
+                "heads: none says the next token, like {next: {shift: 1}}; the others only draft"
+            )
+        return next((name for name, shift in shifts.items() if shift == 1), next(iter(shifts)))
+
+    @property
+    def readouts(self) -> dict[str, Readout]:
+        """What is predicted, and reported, by name: the head's, with `.shift` where it makes several."""
+        return {name + suffix: r for name, head in self.named_heads() for suffix, r in head.readouts.items()}
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: torch.dtype | None = None) -> States:
         """An empty state for `batch` rows; capacity: see `core.Block.init_state`."""
@@ -232,6 +305,11 @@ class LanguageModel(nn.Module):
     def generate(self, tokens: Tensor, max_new_tokens: int = 50, **options: Any) -> Tensor:
         """Prompt [B, T] + new tokens [B, T + n]; options as in `model.generate.generate`."""
         return generate(self, tokens, max_new_tokens, **options)
+
+    def _unembed(self, table: Tensor | None) -> Tensor:
+        """[V, D] whose product with a head's states is the logits."""
+        out = self.embed.output_table(table)
+        return out if self.logit_scale == 1.0 else out * self.logit_scale
 
     # -- training
 
@@ -289,7 +367,7 @@ def _build(spec: ModuleSpec, norm_eps: float) -> nn.Module:
     elif spec.kind == "wrap":
         module = make_wrap(spec.name, spec.dim, **spec.params)
     elif spec.kind == "memory":
-        module = KVMemory(spec.dim, **spec.params)
+        module = make_memory(spec.dim, **spec.params)
     elif spec.kind == "adapter":
         module = Adapter(spec.dim, **spec.params)
     else:

@@ -1,7 +1,8 @@
-"""Evaluate a run: `python train/evaluate.py RUN [--data DIR]`.
+"""Evaluate a run: `python train/evaluate.py RUN [--data DIR] [--tasks mqar copy passkey mmlu lm-eval:NAME]`.
 
-Held-out bits per byte, loss and first-choice accuracy of every head, and the loss by place in the document,
-also past the length that the model was trained on. Prints tables and writes RUN/evaluation.json.
+Held-out bits per byte, loss and first-choice accuracy of every head, the loss by place in the document, also
+past the length that the model was trained on, and the tasks asked for (`train.taskeval`). Prints tables and
+writes RUN/evaluation.json.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,18 @@ from torch import Tensor
 import dataset
 import model
 from dataset.files import DatasetError
+from dataset.tasks import parse
 from dataset.views import View
 from model.lm import LanguageModel
 from model.schema import Config, ConfigError
+from model.text import Text, tokenizer_of
 from train import checkpoint, rundir
 from train.errors import EXIT_USER, UserError
 from train.feed import cut
+from train.harness import RunScorer
 from train.heldout import GROUP_TOKENS, target_bytes
 from train.metrics import plain
+from train.taskeval import run_tasks
 from train.world import autocast
 
 STRETCH = 4  # the loss by position is measured up to this multiple of the training context
@@ -42,23 +48,23 @@ def score(lm: LanguageModel, view: View, config: Config, tokens: int) -> dict[st
     """{head: {"nats", "bits_per_byte", "top1", "targets"}} over the first `tokens` held-out tokens."""
     rows = max(1, min(view.rows, tokens // view.context))
     size = max(1, min(rows, GROUP_TOKENS // view.context))
-    sums = {head: [0.0, 0, 0, 0] for head in config.heads}  # nats, targets, hits, bytes
+    sums = {head: [0.0, 0, 0, 0, 0] for head in lm.readouts}  # nats, targets, hits, tries, bytes
     for g in range(rows // size):
         micro = cut(view.batch(g, size), size)[0]
         with torch.no_grad(), autocast(torch.device("cpu"), config.run.precision):
             nats, hits = lm.nll(micro.tokens, micro.docs), lm.top1(micro.tokens, micro.docs)
-        for head, c in config.heads.items():
-            found, targets = hits[head]
-            new = (nats[head].nansum().item(), targets, found, target_bytes(micro, c.shift, view))
+        for head, readout in lm.readouts.items():
+            found = nats[head][~nats[head].isnan()]
+            new = (found.sum().item(), len(found), *hits[head], target_bytes(micro, readout.shift, view))
             sums[head] = [a + b for a, b in zip(sums[head], new)]
     return {
         head: {
             "nats": nats / targets if targets else math.nan,
             "bits_per_byte": nats / math.log(2) / size_ if size_ else math.nan,
-            "top1": found / targets if targets else math.nan,
+            "top1": found / tries if tries else math.nan,
             "targets": int(targets),
         }
-        for head, (nats, targets, found, size_) in sums.items()
+        for head, (nats, targets, found, tries, size_) in sums.items()
     }
 
 
@@ -68,7 +74,7 @@ def by_position(lm: LanguageModel, view: View, config: Config, tokens: int) -> l
     [{"first", "last", "beyond": past the training context, "targets", "nats": {head}}]
     """
     edges = ranges(view.context)
-    sums = {head: torch.zeros(len(edges), 2, dtype=torch.float64) for head in config.heads}
+    sums = {head: torch.zeros(len(edges), 2, dtype=torch.float64) for head in lm.readouts}
     bounds = torch.tensor([first for first, _ in edges])
     for row in range(max(1, min(view.rows, tokens // view.context))):
         micro = cut(view.batch(row, 1), 1)[0]
@@ -107,8 +113,16 @@ def _add(sums: Tensor, nats: Tensor, place: Tensor) -> None:
     sums[:, 1] += torch.bincount(where, minlength=len(sums))
 
 
-def evaluate(run: Path, data_path: Path | None, tokens: int) -> dict[str, Any]:
-    """All figures of a run as plain data. Raises ConfigError, DatasetError or UserError."""
+def evaluate(
+    run: Path, data_path: Path | None, tokens: int, tasks: Sequence[str] = (), samples: int = 50
+) -> dict[str, Any]:
+    """All figures of a run as plain data; samples: per task and difficulty.
+
+    Raises ConfigError, DatasetError or UserError.
+    """
+    for spec in tasks:
+        if spec != "mmlu" and not spec.startswith("lm-eval:"):
+            parse(spec)  # a misspelt task shows before minutes of scoring
     source = rundir.source_of(run)
     if data_path is None:
         if "data" not in source.about:
@@ -120,6 +134,11 @@ def evaluate(run: Path, data_path: Path | None, tokens: int) -> dict[str, Any]:
     step = checkpoint.verify(source.path)
     context = config.run.context
     long = data.view(context * STRETCH, seed=0, split="heldout")
+    scored = {}
+    if tasks:
+        text = Text(tokenizer_of(run))
+        scorer = RunScorer(lm, text, config.run.precision, start=data.eos_id)
+        scored = run_tasks(lm, text, scorer, list(tasks), samples, precision=config.run.precision)
     return {
         "run": str(run),
         "checkpoint": source.path.name,
@@ -128,6 +147,7 @@ def evaluate(run: Path, data_path: Path | None, tokens: int) -> dict[str, Any]:
         "context": context,
         "heads": score(lm, data.view(context, seed=0, split="heldout"), config, tokens),
         "positions": by_position(lm, long, config, tokens),
+        "tasks": scored,
     }
 
 
@@ -148,6 +168,21 @@ def show(result: dict[str, Any], console: Console) -> None:
         nats = (f"{r['nats'][head]:.4f}" for head in names)
         places.add_row(f"{r['first']}-{r['last']}", *nats, f"{r['targets']:,}", note)
     console.print(places)
+    for spec, cells in result["tasks"].items():
+        console.print(task_table(spec, cells))
+
+
+def task_table(spec: str, scores: dict[str, Any]) -> Table:
+    """A row a difficulty; the harness's scores have metrics alone."""
+    table = Table(title=spec)
+    rows = scores if all(isinstance(v, dict) for v in scores.values()) else {"": scores}
+    columns = list(dict.fromkeys(k for row in rows.values() for k in row))
+    for title in ("", *columns):
+        table.add_column(title, justify="right")
+    for name, row in rows.items():
+        cells = (row.get(c, "") for c in columns)
+        table.add_row(name, *(f"{c:.3f}" if isinstance(c, float) else f"{c:,}" for c in cells if c != ""))
+    return table
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -155,10 +190,18 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("run", type=Path, help="run folder, or one of its checkpoints")
     p.add_argument("--data", type=Path, default=None, help="dataset (default: the one it was trained on)")
     p.add_argument("--tokens", type=int, default=131072, help="held-out tokens to score (default 131072)")
+    p.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="mqar, copy, passkey (with options: mqar:pairs=4/8), mmlu, lm-eval:NAME or lm-eval:FILE.yaml",
+    )
+    p.add_argument("--samples", type=int, default=50, help="per task and difficulty (default 50)")
     p.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = p.parse_args(argv)
     try:
-        result = evaluate(args.run, args.data, args.tokens)
+        result = evaluate(args.run, args.data, args.tokens, args.tasks, args.samples)
         if (args.run / rundir.ABOUT).is_file():
             checkpoint.record(args.run, "evaluation.json", plain(result))
     except (UserError, ConfigError, DatasetError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from model.plan.builder import Builder, Place
 from model.registry import BLOCKS, make_block
 from model.schema import BlockNode, Config, YocoNode
 
+_FAR = {"recall": "reach"}  # the parameter that says how far back a block reads the memory
 NO_MEMORY = "it stands in no `cross` half of a yoco (a bracket in between hides the memory)"
 
 
@@ -32,6 +33,8 @@ def yoco(b: Builder, node: YocoNode, dim: int, at: Place) -> tuple[Item, ...]:
         "heads": heads // memory.group,
         "position": memory.position,
         "theta": memory.theta,
+        "ring": memory.ring,
+        "keep": None if memory.keep is None else asdict(memory.keep),
     }
     name = b.numbered(at, "memory")
     b.module(name, at.spec("memory", "memory", dim, params, mark))
@@ -60,7 +63,11 @@ def reader_params(b: Builder, node: BlockNode, dim: int, at: Place) -> dict[str,
             f"{node.mark}: {node.name} has {heads} heads of width {given}, but the memory has {kv} of"
             f" width {width}: widths must be equal and the memory's heads divide the block's"
         )
-    return {**node.params, "head_dim": width}
+    ring, far = at.memory.ring, _FAR.get(node.name, "window")
+    reach = node.params.get(far)
+    if ring is not None and reach is not None and reach > ring:
+        b.errors.append(f"{node.mark}: {far}: {reach}, but the memory's ring holds {ring} tokens")
+    return {**node.params, "head_dim": width, far: ring if reach is None else reach}
 
 
 def settle(b: Builder, items: tuple[Item, ...], config: Config) -> tuple[Item, ...]:
@@ -87,7 +94,7 @@ def _why_not(b: Builder, items: tuple[Item, ...], i: int | None, config: Config)
         if isinstance(item, Bracket | Cross) or (isinstance(item, Visit) and _keeps_state(spec)):
             return f"{spec.name} in its cross half ({spec.mark}) keeps a state, which needs every token"
     for name, head in config.heads.items():
-        if head.ffn is not None and _keeps_state(ModuleSpec("block", "mlp", config.dim, head.ffn)):
+        if head.keeps_state:
             return f"the head {name!r} keeps a state, which needs every token"
     return None
 
