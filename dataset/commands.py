@@ -1,4 +1,4 @@
-"""python -m dataset verify, info, decode, train-tokenizer, import, export, score, continue."""
+"""python -m dataset verify, info, decode, task, train-tokenizer, import, export, score, continue."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dataset.files import DatasetError
 def add(commands) -> None:
     """Add these commands to the parser of `python -m dataset`."""
     add_looking(commands)
+    add_tasks(commands)
     add_tokenizer(commands)
     add_exchange(commands)
     add_models(commands)
@@ -92,6 +93,35 @@ def run_decode(args: argparse.Namespace) -> int:
     from dataset.verify import decode
 
     sys.stdout.write(decode(args.path, args.split, args.document, args.tokens))
+    return 0
+
+
+def add_tasks(commands) -> None:
+    p = commands.add_parser(
+        "task",
+        help="a synthetic task as a dataset: mqar, copy, passkey",
+        formatter_class=HELP,
+        epilog="examples:\n  python -m dataset task mqar:pairs=4/8/16 --out data/mqar\n"
+        "  python -m dataset task passkey:lengths=256/512,depths=0/0.5/1 --samples 5000 --out data/passkey",
+    )
+    p.add_argument("spec", help="NAME or NAME:OPTION=VALUE[/VALUE...],...")
+    p.add_argument("--tokenizer", default="bytes", help="as for prepare (bytes)")
+    p.add_argument("--samples", type=int, default=20000, metavar="N", help="to train on (20000)")
+    p.add_argument("--heldout-samples", type=int, default=500, metavar="N", help="others to test on (500)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.set_defaults(run=run_task)
+
+
+def run_task(args: argparse.Namespace) -> int:
+    from dataset.tasks import write
+    from dataset.tokenizers import make
+
+    data = write(
+        args.spec, make(args.tokenizer), args.out, args.samples, args.heldout_samples, seed=args.seed
+    )
+    text = ", ".join(f"{s.name} {s.documents:,} documents, {s.tokens:,} tokens" for s in data.splits.values())
+    print(f"{args.out}: {text}")
     return 0
 
 

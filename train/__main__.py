@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import fcntl
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
 from dataset.files import DatasetError
@@ -22,13 +25,21 @@ def main(argv: list[str] | None = None) -> int:
     commands = p.add_subparsers(dest="command", required=True)
     status = commands.add_parser("status", help="where runs stand")
     status.add_argument("runs", type=Path, nargs="+", help="run folders, or folders of runs")
+    status.add_argument(
+        "--watch",
+        type=float,
+        nargs="?",
+        const=2.0,
+        metavar="SECONDS",
+        help="keep the table up to date until no run is going on (every 2 s)",
+    )
     report = commands.add_parser("report", help="a page with plots and sample text")
     report.add_argument("runs", type=Path, nargs="+", help="run folders, in the order they grew")
     report.add_argument("--out", type=Path, default=None, help="folder of the page (default: RUN/report)")
     args = p.parse_args(argv)
     try:
         if args.command == "status":
-            Console().print(status_table(args.runs))
+            watch(args.runs, args.watch) if args.watch else Console().print(status_table(args.runs))
         else:
             from train.report import write  # plotting takes a while to import
 
@@ -39,6 +50,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def watch(paths: list[Path], every_s: float) -> None:
+    """The table, drawn anew until every run has ended or Ctrl-C."""
+    with suppress(KeyboardInterrupt), Live(status_table(paths), auto_refresh=False) as live:
+        while any(held(run) for path in paths for run in runs_in(path)):
+            time.sleep(every_s)
+            live.update(status_table(paths), refresh=True)
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The run itself, or the runs in a folder. Raises UserError when there is none."""
+    found = (
+        [path]
+        if (path / rundir.ABOUT).is_file()
+        else sorted(p.parent for p in path.glob(f"*/{rundir.ABOUT}"))
+    )
+    if not found:
+        raise UserError(f"{path}: no run here, nor in a folder below")
+    return found
+
+
 def status_table(paths: list[Path]) -> Table:
     """One row a run. Raises UserError for a folder with none."""
     table = Table()
@@ -47,14 +78,7 @@ def status_table(paths: list[Path]) -> Table:
     for title in ("step", "tokens", "loss", "bits/byte", "tokens/s", "MFU", "left"):
         table.add_column(title, justify="right", no_wrap=True)
     for path in paths:
-        found = (
-            [path]
-            if (path / rundir.ABOUT).is_file()
-            else sorted(p.parent for p in path.glob(f"*/{rundir.ABOUT}"))
-        )
-        if not found:
-            raise UserError(f"{path}: no run here, nor in a folder below")
-        for run in found:
+        for run in runs_in(path):
             table.add_row(*status_row(run))
     return table
 

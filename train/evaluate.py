@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def score(lm: LanguageModel, view: View, config: Config, tokens: int) -> dict[st
     size = max(1, min(rows, GROUP_TOKENS // view.context))
     sums = {head: [0.0, 0, 0, 0, 0] for head in lm.readouts}  # nats, targets, hits, tries, bytes
     for g in range(rows // size):
-        micro = cut(view.batch(g, size), size)[0]
+        micro = replace(cut(view.batch(g, size), size)[0], weights=None)  # the whole text counts
         with torch.no_grad(), autocast(torch.device("cpu"), config.run.precision):
             nats, hits = lm.nll(micro.tokens, micro.docs), lm.top1(micro.tokens, micro.docs)
         for head, readout in lm.readouts.items():

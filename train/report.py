@@ -1,7 +1,8 @@
 """A page about one or several runs, made from their records (`metrics.jsonl`) alone.
 
 Runs are drawn on one axis of tokens: a run that grew from another, or took its weights, starts where that
-one ended. Plots are PNG files beside the page.
+one ended. Runs that form no such chain are laid over each other, a colour a run. The page is Markdown with
+PNG plots beside it, and once more as one HTML file that holds everything.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from matplotlib.figure import Figure
 from dataset.files import write_bytes
 from train.errors import UserError
 from train.metrics import FILE, read
+from train.page import page
 
 Record = dict[str, Any]
 COLOURS = tuple(f"C{i}" for i in range(10))
+LINES = ("-", "--", ":", "-.")
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def seen(record: Record) -> float:
 
 
 def write(runs: Sequence[Path], out: Path) -> Path:
-    """Make the page and its plots in `out`; returns the page. Raises UserError."""
+    """Make the page and its plots in `out`; returns the HTML page. Raises UserError."""
     histories = [History.of(run) for run in runs]
     out.mkdir(parents=True, exist_ok=True)
     losses, speed = draw_losses(histories), draw_speed(histories)
@@ -70,12 +73,18 @@ def write(runs: Sequence[Path], out: Path) -> Path:
     lines = [f"# {' -> '.join(h.name for h in histories)}", "", *table(histories), ""]
     for file, title, caption, figure in pictures:
         if figure is not None:
-            figure.savefig(out / file, dpi=110)
+            figure.savefig(out / file, dpi=110, metadata={"Software": None})
             lines += [f"## {title}", "", f"![{caption}]({file})", "", f"{caption}.", ""]
     lines += [*happenings(histories), *sample_text(histories)]
-    page = out / "README.md"
-    write_bytes(page, "\n".join(lines).encode())
-    return page
+    text = "\n".join(lines)
+    write_bytes(out / "README.md", text.encode())
+    write_bytes(out / "index.html", page(text, out).encode())
+    return out / "index.html"
+
+
+def chained(histories: Sequence[History]) -> bool:
+    """Whether every run but the first goes on from an earlier one: then a colour stands for a head."""
+    return all(h.grown for h in histories[1:])
 
 
 # ----------------------------------------------------------------------------- tables and text
@@ -138,12 +147,15 @@ def draw_losses(histories: Sequence[History]) -> Figure | None:
         return None
     figure, axes = canvas("nats per token", histories)
     heads = list(dict.fromkeys(k for h in histories for r in h.train + h.evals for k in r["losses"]))
-    for head, colour in zip(heads, COLOURS * len(heads)):
+    chain = chained(histories)
+    for j, head in enumerate(heads):
         for i, h in enumerate(histories):
-            axes.plot(*series(h.train, "losses", head), color=colour, linewidth=0.8, alpha=0.6)
-            label = head if i == 0 else None
-            axes.plot(*series(h.evals, "losses", head), "o-", color=colour, markersize=3, label=label)
-    axes.legend()
+            colour, line = (COLOURS[j % 10], "-") if chain else (COLOURS[i % 10], LINES[j % len(LINES)])
+            axes.plot(*series(h.train, "losses", head), line, color=colour, linewidth=0.8, alpha=0.6)
+            label = f"{h.name}: {head}" if not chain else head if i == 0 else None
+            axes.plot(*series(h.evals, "losses", head), f"o{line}", color=colour, markersize=3, label=label)
+    if heads:
+        axes.legend(fontsize=8)
     return figure
 
 
