@@ -23,6 +23,7 @@ from train import optim
 from train.errors import Diverged
 from train.feed import Feed, Micro
 from train.meter import StepResult
+from train.sharding import whole
 from train.state import TrainState
 from train.world import World, autocast, no_sync, seed_step
 
@@ -89,7 +90,7 @@ def train_step(state: TrainState, micros: Sequence[Micro], config: Config, world
     lr = config.optim.lr * state.schedule.factor(state.step)
     grad_norm = clip(optim.parameters(state.optimizer), config.optim.clip)
     loss = aux_loss + sum(
-        lm.config.heads[head].weight * total / divisors[head] for head, total in zip(norms, nats)
+        lm.readouts[head].weight * total / divisors[head] for head, total in zip(norms, nats)
     )
     applied = math.isfinite(loss) and math.isfinite(grad_norm)
     step_or_skip(state, lr, applied)
@@ -115,7 +116,7 @@ def global_counts(state: TrainState, micros: Sequence[Micro], world: World) -> d
 def clip(params: list[torch.nn.Parameter], limit: float) -> float:
     """Scale gradients down to a global norm of `limit` (0: leave them); returns the norm before."""
     grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = whole(torch.nn.utils.get_total_norm(grads))
     if limit:
         torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
     return float(norm)
