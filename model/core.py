@@ -96,6 +96,7 @@ class Memory(NamedTuple):
     k [B, S, G, K], v [B, S, G, V]: everything that a query of this call may see, and perhaps more.
     docs, at, key_at: documents and places of queries and keys, as `ops.attention.attend` takes them.
     turn: (cos, sin), each [B or 1, T, 1, K/2], that rotate the queries; None where positions do not count.
+    span: as `attend` takes it.     lifetime: [B, S], at what distance each key ceases to be seen; None: never.
     """
 
     k: Tensor
@@ -104,6 +105,8 @@ class Memory(NamedTuple):
     at: Any = None
     key_at: Any = None
     turn: tuple[Tensor, Tensor] | None = None
+    span: int | None = None
+    lifetime: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -170,18 +170,36 @@ class OnionNode:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """`{ratio: 0.25, recent: 128}`: the memory drops tokens by a learned score; see `blocks.memory`.
+
+    ratio:  share of the tokens that are kept for ever, on average; 1 keeps all.
+    recent: the last so many tokens are seen whether kept or not.
+    decay:  of the moving average behind the score's threshold, per optimizer step.
+    """
+
+    ratio: float = 0.25
+    recent: int = 128
+    decay: float = 0.5
+
+
+@dataclass(frozen=True)
 class MemorySpec:
     """The one key/value memory of a yoco, its only cache that grows with the context.
 
     head_dim: width of a key and of a value.
     group:    query heads (dim / head_dim of them) that share one key/value head.
     position: `rope` turns the keys when they are written, and the queries that read them.
+    ring:     only the last so many tokens are held: a state that does not grow (a bounded yoco).
+    keep:     only tokens that a learned score keeps are held, and the newest. Not with `ring`.
     """
 
     head_dim: int = 64
     group: int = 1
     position: Literal["rope", "none"] = "rope"
     theta: float = 10_000.0
+    ring: int | None = None
+    keep: Keep | None = None
     mark: Mark = _mark()
 
 

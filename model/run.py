@@ -5,16 +5,19 @@ Shape legend: B batch  T time  D width of the stream
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from model.blocks.xattn import last_queries
-from model.core import NO_AUX, Aux, Ctx, State, merge_aux
+from model.blocks.memory import last_queries
+from model.core import NO_AUX, Aux, Ctx, State, Step, merge_aux
 from model.items import Bracket, Cross, Item, Visit
 
 States = dict[str, Any]  # site path -> the state of that site
+# site path -> how its module is called there in training: (module, x, ctx) -> its step
+Around = Mapping[str, Callable[[nn.Module, Tensor, Ctx], Step]]
 
 
 @dataclass
@@ -23,12 +26,14 @@ class Pass:
 
     states: by site, or None: no state comes in, and none goes out.
     last:   only each row's last position matters to the caller.
+    around: visits that are called in another way (checkpointed, say); without states alone.
     """
 
     bank: nn.ModuleDict
     ctx: Ctx
     states: States | None = None
     last: bool = False
+    around: Around = field(default_factory=dict)
     out: States = field(default_factory=dict)
     aux: list[Aux] = field(default_factory=list)
 
@@ -46,7 +51,10 @@ class Pass:
         for item in items:
             module = self.bank[item.module]
             if isinstance(item, Visit):
-                step = module(x, self.state(item.site), self.ctx)
+                call = self.around.get(item.site)
+                step = (
+                    module(x, self.state(item.site), self.ctx) if call is None else call(module, x, self.ctx)
+                )
                 self.keep(item.site, step.state, step.aux)
                 x = step.y
             elif isinstance(item, Bracket):
@@ -75,8 +83,8 @@ class Pass:
 
     def _cross(self, item: Cross, module: nn.Module, x: Tensor) -> Tensor:
         """Write the memory from every token, then read it from every token, or from the last alone."""
-        memory, state = module(x, self.state(item.site), self.ctx)
-        self.keep(item.site, state)
+        memory, state, aux = module(x, self.state(item.site), self.ctx)
+        self.keep(item.site, state, aux)
         inside = replace(self.ctx, memory=memory)
         if item.skip and self.last and x.shape[1] > 1:
             x, inside = last_queries(x, self.ctx, memory)

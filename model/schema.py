@@ -16,6 +16,7 @@ from model.grammar import (
     BlockNode,
     BySpec,
     ConfigError,
+    Keep,
     Mark,
     MemorySpec,
     Merge,
@@ -55,6 +56,7 @@ __all__ = [
     "EmbedConfig",
     "GrowConfig",
     "HeadConfig",
+    "Keep",
     "LossConfig",
     "Mark",
     "MemorySpec",
@@ -69,6 +71,7 @@ __all__ = [
     "RepeatNode",
     "RunConfig",
     "ScheduleConfig",
+    "TableVQ",
     "SelectConfig",
     "ShellNode",
     "UseNode",
@@ -86,6 +89,19 @@ ARCH_KEYS = ("dim", "vocab", "embed", "stack", "heads", "init_std", "norm_eps")
 
 
 @dataclass(frozen=True)
+class TableVQ:
+    """Product quantization of the token table: a row is one of `codes` vectors from each of `groups` tables.
+
+    The tables are trained (unless `frozen`), the codes are not: for pretrained rows they and the tables
+    come from k-means, for others they are drawn at random, no two rows the same.
+    groups: must divide the width of the rows.
+    """
+
+    groups: int = 16
+    codes: int = 256
+
+
+@dataclass(frozen=True)
 class EmbedConfig:
     """The token table.
 
@@ -96,6 +112,7 @@ class EmbedConfig:
              must equal `dim`.
     tied:    logits are read off the same table (through the same linear map).
     scale:   factor on the embedding; None: 1, or for pretrained rows the one that gives them unit RMS.
+    vq:      rows are put together from codes, see `TableVQ`; None: every row is stored.
     """
 
     from_: str | None = None
@@ -103,6 +120,7 @@ class EmbedConfig:
     project: int | None = None
     tied: bool = True
     scale: float | None = None
+    vq: TableVQ | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.blocks._gate import gated, head_gate
-from model.core import Block, Cost, Ctx, Docs, State, Step, docs_of, rotary_positions
+from model.core import Block, Cost, Ctx, State, Step, docs_of, rotary_positions
 from model.ops.attention import attend
 from model.ops.attention.cache import Cache, empty_cache, extend
 from model.ops.attention.cpu import attention_flops
@@ -31,6 +31,17 @@ class ConvKV(NamedTuple):
 
     kv: Cache
     conv: Tensor
+
+
+class Projected(NamedTuple):
+    """asked, q [B, T, H, K]: queries before and after the rotation; k, v [B, T, G, K]; conv: state of the
+    convolutions after the call."""
+
+    asked: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    conv: Tensor | None
 
 
 @block("attention")
@@ -108,37 +119,41 @@ class Attention(Block):
         return ConvKV(kv, like.new_zeros(batch, channels, width - 1))
 
     def forward(self, x: Tensor, state: State | None = None, ctx: Ctx | None = None) -> Step:
-        docs = docs_of(ctx)
-        kv, conv = state if isinstance(state, ConvKV) else (state, None)
-        q, k, v, conv = self._project(x, state is not None, conv, docs)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.position == "rope":
-            seen = None if kv is None else kv.seen
-            rows = 1 if docs is None and seen is None else x.shape[0]
-            positions = rotary_positions(ctx, seen, rows, x.shape[1], x.device)
-            cos, sin = rope_tables(positions, self.head_dim, self.theta, x.dtype)
-            q, k = rope(q, cos, sin), rope(k, cos, sin)
-        slopes = alibi_slopes(self.heads, x.device) if self.position == "alibi" else None
-        view, after = extend(kv, k, v, docs)
-        y = attend(
-            q, **view._asdict(), window=self.window, slopes=slopes, sinks=self.sinks, backend=self.backend
-        )
+        y, _, after = self.heads_of(x, state, ctx)
         y, aux = gated(self.head_gate, y.flatten(2), x, ctx)
-        return Step(self.o_proj(y), after if after is None or conv is None else ConvKV(after, conv), aux)
+        return Step(self.o_proj(y), after, aux)
 
-    def _project(
-        self, x: Tensor, stateful: bool, conv: Tensor | None, docs: Docs | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """q [B, T, H, K], k and v [B, T, G, K], and the convolutions' state after the call."""
+    def heads_of(
+        self, x: Tensor, state: State | None, ctx: Ctx | None
+    ) -> tuple[Tensor, Tensor, State | None]:
+        """What the heads made [B, T, H, K], their queries before the rotation, and the state after."""
+        kv, conv = state if isinstance(state, ConvKV) else (state, None)
+        p = self.project(x, None if kv is None else kv.seen, conv, ctx)
+        slopes = alibi_slopes(self.heads, x.device) if self.position == "alibi" else None
+        view, after = extend(kv, p.k, p.v, docs_of(ctx))
+        y = attend(
+            p.q, **view._asdict(), window=self.window, slopes=slopes, sinks=self.sinks, backend=self.backend
+        )
+        return y, p.asked, after if after is None or p.conv is None else ConvKV(after, p.conv)
+
+    def project(self, x: Tensor, seen: Tensor | None, conv: Tensor | None, ctx: Ctx | None) -> Projected:
+        """seen: [B] tokens before these, None without a state; conv: the convolutions' state."""
+        docs = docs_of(ctx)
         parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv_weight is not None:
             qkv = torch.cat(parts, dim=-1)
             taps = self.conv_weight.to(qkv.dtype)
-            qkv, conv = causal_conv(qkv, taps, state=conv, docs=docs, want_state=stateful)
+            qkv, conv = causal_conv(qkv, taps, state=conv, docs=docs, want_state=seen is not None)
             parts = qkv.split([p.shape[-1] for p in parts], dim=-1)
         q, k, v = (p.unflatten(-1, (-1, self.head_dim)) for p in parts)
-        return q, k, v, conv
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.position != "rope":
+            return Projected(q, q, k, v, conv)
+        rows = 1 if docs is None and seen is None else x.shape[0]
+        positions = rotary_positions(ctx, seen, rows, x.shape[1], x.device)
+        turn = rope_tables(positions, self.head_dim, self.theta, x.dtype)
+        return Projected(q, rope(q, *turn), rope(k, *turn), v, conv)
 
     def _identity_taps(self, width: int) -> Tensor:
         """[(H + 2 G) K, width]: only the newest tap, so that training starts from plain attention."""

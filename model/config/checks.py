@@ -20,9 +20,11 @@ AT_LEAST: dict[type, dict[str, int]] = {
     schema.ShellNode: {"to": 1, "width": 1},
     schema.Merge: {"size": 1},
     schema.WrapSpec: {"width": 1},
-    schema.MemorySpec: {"head_dim": 1, "group": 1, "theta": 1},
+    schema.MemorySpec: {"head_dim": 1, "group": 1, "theta": 1, "ring": 1},
+    schema.Keep: {"recent": 1},
     schema.Blend: {"steps": 0, "hold": 0, "code": 0},
     schema.EmbedConfig: {"project": 1},
+    schema.TableVQ: {"groups": 1, "codes": 2},
     schema.HeadConfig: {
         "shift": 0,
         "weight": 0,
@@ -142,6 +144,11 @@ def _rho(v: Values) -> Found:
         yield "keep", f"want a share in (0, 1], got {v['keep']}"
 
 
+def _select(v: Values) -> Found:
+    if v.get("rho") is not None and v.get("weights") is not None:
+        yield "weights", "a run reads one sidecar: give rho or weights, not both"
+
+
 def _activations(v: Values) -> Found:
     if v.get("bits") not in (None, 2, 4, 8):
         yield "bits", f"want 2, 4 or 8, or null for none, got {v['bits']}"
@@ -186,6 +193,18 @@ def _yoco(v: Values) -> Found:
         yield "cross", "is empty: want blocks that read the memory, like [xattn, mlp]"
 
 
+def _memory(v: Values) -> Found:
+    if v.get("ring") is not None and v.get("keep") is not None:
+        yield "keep", "not with `ring`, which drops tokens by their age: give one of them"
+
+
+def _keep(v: Values) -> Found:
+    if not 0 < v.get("ratio", 1) <= 1:
+        yield "ratio", f"want a share of the tokens, above 0 and up to 1, got {v['ratio']}"
+    if not 0 <= v.get("decay", 0) < 1:
+        yield "decay", f"want at least 0 and below 1, got {v['decay']}"
+
+
 def _wrap(v: Values) -> Found:
     if v.get("inner") == []:
         yield "inner", "is empty: nothing to wrap"
@@ -221,10 +240,13 @@ _CHECKS: dict[type, Callable[[Values], Found]] = {
     sections.OptimConfig: _optim,
     sections.OuterConfig: _outer,
     sections.RhoConfig: _rho,
+    sections.SelectConfig: _select,
     sections.ActivationsConfig: _activations,
     schema.RepeatNode: _repeat,
     schema.MirrorNode: _mirror,
     schema.YocoSpec: _yoco,
+    schema.MemorySpec: _memory,
+    schema.Keep: _keep,
     schema.WrapSpec: _wrap,
     schema.ShellNode: _shell,
     schema.OnionNode: _onion,

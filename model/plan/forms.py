@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from model.items import Bracket, Item, Visit
 from model.plan.builder import Builder, Place
-from model.plan.yoco import NO_MEMORY, reader_params, reads_memory
+from model.plan.yoco import check_use, reader_params, reads_memory
 from model.registry import did_you_mean
 from model.schema import BlockNode, MirrorNode, Node, RepeatNode, UseNode, WrapNode
 
@@ -33,8 +33,7 @@ def use(b: Builder, node: UseNode, dim: int, at: Place) -> list[Item]:
         b.errors.append(
             f"{node.mark}: {node.use!r} has width {b.modules[name].dim}, but the stream here has {dim}"
         )
-    if reads_memory(b.modules[name].name) and at.memory is None:
-        b.errors.append(f"{node.mark}: {node.use!r} reads a memory: {NO_MEMORY}")
+    check_use(b, node, b.modules[name], at)
     return [Visit(b.site(at.site + name), name)]
 
 

@@ -10,9 +10,8 @@ import torch
 from model.items import Bracket, Cross, Item, ModuleSpec, Visit, walk
 from model.plan.builder import Builder, Place
 from model.registry import BLOCKS, make_block
-from model.schema import BlockNode, Config, YocoNode
+from model.schema import BlockNode, Config, UseNode, YocoNode
 
-_FAR = {"recall": "reach"}  # the parameter that says how far back a block reads the memory
 NO_MEMORY = "it stands in no `cross` half of a yoco (a bracket in between hides the memory)"
 
 
@@ -41,13 +40,29 @@ def yoco(b: Builder, node: YocoNode, dim: int, at: Place) -> tuple[Item, ...]:
     site = b.site(at.site + name)
     inner = b.nodes(spec.cross, dim, replace(at, memory=memory))
     if not b.errors and not any(_reads(b, item) for item in walk(inner)):
-        b.errors.append(f"{node.mark}: nothing in `cross` reads the memory; want an xattn there")
+        b.errors.append(f"{node.mark}: nothing in `cross` reads the memory; want an xattn or a recall there")
     b.skips[site] = node
     return (*own, Cross(site, name, inner))
 
 
 def _reads(b: Builder, item: Item) -> bool:
-    return isinstance(item, Visit) and reads_memory(b.modules[item.module].name)
+    return isinstance(item, Visit) and bool(reads_memory(b.modules[item.module].name))
+
+
+def check_use(b: Builder, node: UseNode, spec: ModuleSpec, at: Place) -> None:
+    """Whether a block that is used again fits the memory that it meets here, if it reads one."""
+    far = reads_memory(spec.name)
+    if not far:
+        return
+    if at.memory is None:
+        b.errors.append(f"{node.mark}: {node.use!r} reads a memory: {NO_MEMORY}")
+        return
+    for key, mine, theirs in (
+        ("head_dim", spec.params["head_dim"], at.memory.head_dim),
+        (far, spec.params[far], at.memory.ring),
+    ):
+        if theirs is not None and mine != theirs and (key != far or mine is None or mine > theirs):
+            b.errors.append(f"{node.mark}: {node.use!r} has {key}: {mine}, but the memory here has {theirs}")
 
 
 def reader_params(b: Builder, node: BlockNode, dim: int, at: Place) -> dict[str, Any]:
@@ -63,11 +78,17 @@ def reader_params(b: Builder, node: BlockNode, dim: int, at: Place) -> dict[str,
             f"{node.mark}: {node.name} has {heads} heads of width {given}, but the memory has {kv} of"
             f" width {width}: widths must be equal and the memory's heads divide the block's"
         )
-    ring, far = at.memory.ring, _FAR.get(node.name, "window")
+    ring, far = at.memory.ring, reads_memory(node.name)
     reach = node.params.get(far)
     if ring is not None and reach is not None and reach > ring:
         b.errors.append(f"{node.mark}: {far}: {reach}, but the memory's ring holds {ring} tokens")
-    return {**node.params, "head_dim": width, far: ring if reach is None else reach}
+    params = {**node.params, "head_dim": width, far: ring if reach is None else reach}
+    try:
+        with torch.device("meta"):
+            make_block(node.name, dim, **params)
+    except ValueError as error:
+        b.errors.append(f"{node.mark}: {error}")
+    return params
 
 
 def settle(b: Builder, items: tuple[Item, ...], config: Config) -> tuple[Item, ...]:
@@ -99,9 +120,9 @@ def _why_not(b: Builder, items: tuple[Item, ...], i: int | None, config: Config)
     return None
 
 
-def reads_memory(name: str) -> bool:
-    """Whether blocks of that name read the memory of a yoco."""
-    return getattr(BLOCKS.get(name), "reads_memory", False)
+def reads_memory(name: str) -> str:
+    """The parameter by which a block of that name limits how far back it reads the memory; "" if it reads none."""
+    return getattr(BLOCKS.get(name), "reads_memory", "")
 
 
 def _keeps_state(spec: ModuleSpec) -> bool:

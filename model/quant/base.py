@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.core import Aux, Bottleneck, Ctx, Entered, State, Step, at_least_fp32, docs_of
+from model.ops.selection import Selector
 
 
 class Quantizer(Bottleneck):
@@ -101,9 +102,9 @@ class Quantizer(Bottleneck):
 
 
 def upkeep(model: nn.Module) -> None:
-    """The upkeep of every bracket of a model: once after each optimizer step, on every rank."""
+    """The upkeep of every bracket and selector of a model: once after each optimizer step, on every rank."""
     for module in model.modules():
-        if isinstance(module, Bottleneck):
+        if isinstance(module, Bottleneck | Selector):
             module.upkeep()
 
 

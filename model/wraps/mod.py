@@ -7,15 +7,13 @@ Shape legend: B batch  T time  N kept tokens of the fullest row  D model width
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.core import Aux, Bottleneck, Cost, Ctx, Docs, Entered, Step, at_least_fp32, docs_of
+from model.core import Aux, Bottleneck, Cost, Ctx, Docs, Entered, Step, docs_of
+from model.ops.selection import Selector
 from model.registry import wrap
 from model.wraps.kept import Counts, Kept, keep_tokens, no_counts
 
@@ -39,16 +37,13 @@ class MixtureOfDepths(Bottleneck):
             `topk` keeps the ceil(keep * n) best of a document of n tokens, as published. That looks ahead,
             so it has no state: no generation, and no split documents.
     gate:   `sigmoid` scales what the inside changed; `straight` does not, but has the sigmoid's gradient.
-    decay:  of the moving average, per optimizer step (`upkeep`). Scores drift fast early in training, and a
-            slow average then keeps far too few tokens or too many.
+    decay:  of the moving average, per optimizer step; see `model.ops.selection`.
     width:  None or the width outside.
 
     The inside carries the kept tokens' documents, and turns rotary encodings by their original positions;
     windows count kept tokens. State: `Counts` (`threshold`).
     Raises ValueError for keep outside (0, 1], another width, and by `init_state` of `topk`.
     """
-
-    threshold: Tensor
 
     def __init__(
         self,
@@ -61,20 +56,11 @@ class MixtureOfDepths(Bottleneck):
         width: int | None = None,
     ) -> None:
         super().__init__(dim)
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep={keep}: a share of the tokens, above 0 and up to 1")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay={decay}: must be in [0, 1)")
         if width not in (None, dim):
             raise ValueError(f"width={width}: mod passes tokens by, so the inside has the same width ({dim})")
+        self.select = Selector(dim, keep, decay)
         self.code_dim, self.merge = dim, 1 / keep
-        self.keep, self.router, self.gate, self.decay = keep, router, gate, decay
-        self.score = nn.Linear(dim, 1, bias=False)
-        nn.init.normal_(self.score.weight, std=dim**-0.5)  # scores of unit variance, whose quantile is known
-        quantile = math.sqrt(2) * torch.erfinv(torch.tensor(1 - 2 * keep, dtype=torch.float64, device="cpu"))
-        self.register_buffer("threshold", torch.full((), float(quantile)))  # -inf for keep = 1
-        self._sum: Tensor | None = None
-        self._calls = 0
+        self.keep, self.router, self.gate = keep, router, gate
 
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> Counts:
         if self.router == "topk":
@@ -89,18 +75,12 @@ class MixtureOfDepths(Bottleneck):
     def enter(self, x: Tensor, state: Counts | None = None, ctx: Ctx | None = None) -> Entered:
         """x [B, T, D] -> code [B, N, D]."""
         docs = docs_of(ctx)
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(at_least_fp32(x.dtype))
-            score = F.linear(F.rms_norm(wide, (self.dim,), eps=1e-6), self.score.weight.to(wide.dtype))[
-                ..., 0
-            ]
+        score = self.select(x)
         tokens = torch.ones_like(score, dtype=torch.bool) if docs is None else docs.tokens
         if self.router == "topk":
             keep = tokens & best(score.detach(), self.keep, docs)
         else:
-            keep = tokens & (score > self.threshold)
-        if self.training:
-            self._collect(score.detach()[tokens])
+            keep = self.select.choose(score, tokens)
         kept = keep_tokens(keep, state, ctx)
         code = kept.gather(x)
         gate = torch.sigmoid(kept.gather(score[..., None]))
@@ -121,28 +101,6 @@ class MixtureOfDepths(Bottleneck):
             raise ValueError("mod needs what its `enter` saved")
         change = saved.gate * (code - saved.code)
         return Step(saved.x + saved.kept.scatter(change, saved.x.shape[1]), state)
-
-    # ------------------------------------------------------------------------- the threshold
-
-    @torch.no_grad()
-    def _collect(self, score: Tensor) -> None:
-        """Remember the quantile of a batch's scores [n]; counting a batch twice does not move the mean."""
-        if self.keep < 1 and len(score):
-            rank = min(max(math.ceil((1 - self.keep) * len(score)), 1), len(score))
-            value = score.kthvalue(rank).values.to(self.threshold.dtype)
-            self._sum = value if self._sum is None else self._sum + value
-            self._calls += 1
-
-    @torch.no_grad()
-    def upkeep(self) -> None:
-        """Move the threshold towards what was collected since the last call; the same on every rank."""
-        both = torch.stack([torch.zeros_like(self.threshold) if self._sum is None else self._sum,
-                            self.threshold.new_tensor(float(self._calls))])  # fmt: skip
-        self._sum, self._calls = None, 0
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(both)
-        if both[1] > 0 and torch.isfinite(both).all():
-            self.threshold.lerp_(both[0] / both[1], 1 - self.decay)
 
     def cost(self, T: int) -> Cost:
         return Cost(state_fixed=16.0)  # two counts

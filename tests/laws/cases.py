@@ -37,6 +37,13 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "gated_deltanet": [{"dim": 16, "T": 70, "params": {"heads": 2, "gate": True}}],
     "kda": [{"dim": 16, "T": 40, "params": {"heads": 2, "gate": True}}],
+    "recall": [
+        {"params": {"head_dim": 16, "window": 4, "reach": 11}, "around": remembering(group=2, ring=11)},
+        {
+            "params": {"head_dim": 8, "window": 3, "offset": 2, "gate": True, "position": "none"},
+            "around": remembering(group=4),
+        },
+    ],
     "rwkv6": [{"dim": 16, "T": 70, "params": {"heads": 2, "shift_rank": 3, "decay_rank": 4, "gate": True}}],
     "mamba2": [
         {"params": {"head_dim": 8, "state": 4, "groups": 2, "chunk": 8}},
@@ -65,6 +72,20 @@ CASES: dict[str, list[dict[str, Any]]] = {
             }
         }
     ],
+    "sparsek": [
+        {"params": {"head_dim": 8, "group": 2, "keep": 2, "slots": 4, "window": 3}},
+        {"params": {"head_dim": 16, "keep": 3, "slots": 5, "window": 1}},
+    ],
+    "steer": [
+        {
+            "params": {
+                "mlp": {"act": "rwkv", "mult": 2.0},
+                "swa": {"head_dim": 8, "group": 2, "window": 4, "sinks": True, "qk_norm": True},
+                "keep": 0.6,
+            }
+        },
+        {"params": {"how": "gates", "swa": {"head_dim": 16, "window": 5, "position": "alibi"}}},
+    ],
     "swa": [
         {"params": {"head_dim": 16, "window": 5}},
         {"params": {"head_dim": 8, "group": 4, "window": 2}},
@@ -81,6 +102,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     ],
     "xattn": [
         {"params": {"head_dim": 16}, "around": remembering(group=2)},
+        {"params": {"head_dim": 16, "window": 6}, "around": remembering(group=1, ring=6)},
         {
             "params": {"head_dim": 8, "sinks": True, "gate": True},
             "around": remembering(group=1, position="none"),

@@ -8,28 +8,30 @@ from typing import Any
 
 from torch import Tensor
 
-from model.blocks.xattn import KVMemory
+from model.blocks.memory import make_memory
 from model.core import Block, Cost, Ctx, State, Step
 
 
 class Remembering(Block):
-    """y = block(x) with the memory that is written from x; the state is the memory's. group: heads that share
-    one of the memory's."""
+    """y = block(x) with the memory that is written from x; the state is the memory's and the block's. group:
+    heads that share one of the memory's."""
 
     def __init__(self, block: Block, group: int, **memory: Any) -> None:
         super().__init__(block.dim)
-        self.memory = KVMemory(
+        self.memory = make_memory(
             block.dim, head_dim=block.head_dim, heads=max(block.heads // group, 1), **memory
         )
         self.block = block
 
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> State:
-        return self.memory.init_state(batch, like, capacity)
+        own = self.block.init_state(batch, like, capacity)
+        return self.memory.init_state(batch, like, capacity), own
 
     def forward(self, x: Tensor, state: State = None, ctx: Ctx | None = None) -> Step:
-        memory, after = self.memory(x, state, ctx)
-        step = self.block(x, None, replace(ctx or Ctx(), memory=memory))
-        return step._replace(state=after)
+        written, own = (None, None) if state is None else state
+        memory, after, _ = self.memory(x, written, ctx)
+        step = self.block(x, own, replace(ctx or Ctx(), memory=memory))
+        return step._replace(state=None if state is None else (after, step.state))
 
     def cost(self, T: int) -> Cost:
         return self.memory.cost(T) + self.block.cost(T)

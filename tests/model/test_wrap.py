@@ -177,7 +177,7 @@ def test_topk_keeps_its_share_of_every_document_and_looks_ahead(wrapped):
     kept = mod("enter", x, None, Ctx(docs=docs)).saved.kept
     chosen = docs.segments.gather(1, kept.places)[kept.valid]
     assert torch.bincount(chosen).tolist() == [1, 3, 2, 5]  # ceil of 0.3 times 1, 9, 6, 16
-    scores = mod.score(torch.nn.functional.rms_norm(x, (D,)))[0, 1:10, 0]
+    scores = mod.select.score(torch.nn.functional.rms_norm(x, (D,)))[0, 1:10, 0]
     best = sorted((scores.topk(3).indices + 1).tolist())
     assert [i for i in kept.places[0].tolist() if 1 <= i < 10] == best
     case = wrapped(by="mod", params={"keep": 0.4, "router": "topk"})

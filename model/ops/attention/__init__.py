@@ -40,6 +40,7 @@ def attend(
     scale: float | None = None,
     slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    lifetime: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Causal attention -> [B, T, H, V] in q's dtype.
@@ -58,6 +59,7 @@ def attend(
             query sees a key more than span - 1 places before its own in the order of `k`.
     scale:  of the logits; None is K^-1/2.
     slopes: [H] ALiBi: a key at distance d loses slope * d.
+    lifetime: [B, S] int64: key s is seen at distances below it; None is no limit.
     sinks:  [H] learned logits that join every softmax and carry no value.
     Raises BackendError when a named backend cannot serve, ValueError on places that do not fit.
     """
@@ -72,5 +74,6 @@ def attend(
         "scale": scale,
         "slopes": slopes,
         "sinks": sinks,
+        "lifetime": lifetime,
     }
     return choose("attention", backend, q, k=k, v=v, **features).fn(q, k, v, **features)

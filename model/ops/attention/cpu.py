@@ -36,14 +36,15 @@ def attend_cpu(
     scale: float | None = None,
     slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    lifetime: Tensor | None = None,
     block: int | None = None,
 ) -> Tensor:
     """See `attend`. block: queries of a block in the blocked form; None chooses."""
     T, S = q.shape[1], k.shape[1]
-    plain = docs is None and at is None
+    plain = docs is None and at is None and lifetime is None
     if plain and slopes is None and T == S and (window is None or window >= T):
         return _sdpa(q, k, v, scale, None, sinks)
-    reach = _reach(docs, plain, window, span)
+    reach = _reach(docs, plain, window, span) if lifetime is None else None
     b = block or (block_size(reach) if reach is not None else T)
     if reach is not None and b < T:
         places = None if plain else resolve(q, k, docs, at, key_at)
@@ -51,7 +52,7 @@ def attend_cpu(
     at, key_at = resolve(q, k, docs, at, key_at)
     if plain:
         at, key_at = (Places(p.positions[:1], p.segments[:1]) for p in (at, key_at))
-    return _sdpa(q, k, v, scale, _mask(at, key_at, window, slopes, q.dtype), sinks)
+    return _sdpa(q, k, v, scale, _mask(at, key_at, window, slopes, q.dtype, lifetime), sinks)
 
 
 def block_size(reach: int) -> int:
@@ -106,10 +107,15 @@ def _sdpa_with_sinks(
 
 
 def _mask(
-    at: Places, key_at: Places, window: int | None, slopes: Tensor | None, dtype: torch.dtype
+    at: Places,
+    key_at: Places,
+    window: int | None,
+    slopes: Tensor | None,
+    dtype: torch.dtype,
+    lifetime: Tensor | None = None,
 ) -> Tensor:
     """[B, 1, T, S] bool, or with ALiBi slopes [B, H, T, S] added to the logits."""
-    seen = visible(at, key_at, window)[:, None]
+    seen = visible(at, key_at, window, lifetime)[:, None]
     if slopes is None:
         return seen
     distance = at.positions[:, None, :, None] - key_at.positions[:, None, None, :]

@@ -16,7 +16,7 @@ from model.ops.documents import Documents
 
 
 def supports_flash(
-    q: Tensor, *, v: Tensor, at: Any = None, sinks: Tensor | None = None, **_: Any
+    q: Tensor, *, v: Tensor, at: Any = None, sinks: Tensor | None = None, lifetime: Any = None, **_: Any
 ) -> str | None:
     if not q.is_cuda:
         return f"needs CUDA tensors, got {q.device.type}"
@@ -26,6 +26,8 @@ def supports_flash(
         return f"needs equal head widths up to 256, got {q.shape[-1]} and {v.shape[-1]}"
     if at is not None:
         return "takes whole rows or packed documents, not a cache with places of its own"
+    if lifetime is not None:
+        return "has no keys of limited lifetime"
     return None if sinks is None else "has no learned sinks"
 
 

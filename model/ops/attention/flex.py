@@ -28,6 +28,7 @@ def supports_flex(
     window: int | None = None,
     slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    lifetime: Tensor | None = None,
     **_: Any,
 ) -> str | None:
     if not q.is_cuda:
@@ -38,6 +39,8 @@ def supports_flex(
         return f"needs head widths from 16 and {MIN_QUERIES} queries, got {q.shape[-1]} and {q.shape[1]}"
     if docs is None and at is None and window is None and slopes is None:
         return "whole causal rows have a kernel of their own in torch ('cpu')"
+    if lifetime is not None:
+        return "has no keys of limited lifetime"
     return None if sinks is None else "has no learned sinks"
 
 

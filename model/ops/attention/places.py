@@ -51,9 +51,14 @@ def resolve(
     return Places(index[:, S - T :], zero[:, S - T :]), Places(index, zero)
 
 
-def visible(at: Places, key_at: Places, window: int | None) -> Tensor:
-    """[..., T, S] bool: query t may see key s. Places may carry any leading dimensions."""
+def visible(at: Places, key_at: Places, window: int | None, lifetime: Tensor | None = None) -> Tensor:
+    """[..., T, S] bool: query t may see key s. Places may carry any leading dimensions.
+
+    lifetime: [..., S] how many positions on, its own included, each key is seen; None: for ever.
+    """
     distance = at.positions[..., :, None] - key_at.positions[..., None, :]
     same = (at.segments[..., :, None] == key_at.segments[..., None, :]) & (at.segments >= 0)[..., :, None]
     seen = same & (distance >= 0)
+    if lifetime is not None:
+        seen = seen & (distance < lifetime[..., None, :])
     return seen if window is None else seen & (distance < window)

@@ -25,6 +25,7 @@ def attend_reference(
     scale: float | None = None,
     slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    lifetime: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q k' - slope * distance) v over what the query may see; see `attend`.
 
@@ -39,7 +40,7 @@ def attend_reference(
     if slopes is not None:
         distance = at.positions[:, None, :, None] - key_at.positions[:, None, None, :]
         logits = logits - slopes.to(work)[:, None, None] * distance
-    seen = visible(at, key_at, window)[:, None]
+    seen = visible(at, key_at, window, lifetime)[:, None]
     logits = logits.masked_fill(~seen, float("-inf"))
     if sinks is not None:
         extra = sinks.to(work)[None, :, None, None].expand(*logits.shape[:3], 1)
