@@ -119,16 +119,17 @@ class Mamba2(Block):
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         if self.dt_limit is not None:
             dt = dt.clamp(*self.dt_limit)
-        log_a = dt * -self.A_log.to(wide).exp()
+        A = -self.A_log.to(wide).exp()
         y, ssm_after = ssd(
             u * dt.to(u.dtype)[..., None],
-            log_a,
+            dt * A,
             b,
             c,
             state=ssm,
             docs=docs,
             want_state=state is not None,
             chunk=self.chunk,
+            step=(u, dt, A),
             backend=self.backend,
         )
         y = torch.addcmul(y, u, self.D.to(u.dtype)[:, None])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -34,3 +35,11 @@ class Documents(Protocol):
     def first_segment(self) -> Tensor: ...  # [B], -2 for a row of padding
 
     def last_segment(self) -> Tensor: ...  # [B], -2 for a row of padding
+
+
+def zero_padding(docs: Documents | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Inputs [B, T, ...] with zeros where there is no token, whatever lies there, even NaN."""
+    if docs is None or not docs.padded:
+        return inputs
+    here = docs.segments >= 0
+    return tuple(torch.where(here.view(*here.shape, *[1] * (x.dim() - 2)), x, 0) for x in inputs)

@@ -9,6 +9,7 @@ one row of packed documents.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ from model.ops.conv import causal_conv
 from model.ops.linear import fla as adapters
 from model.ops.ssd import ssd
 from model.ops.ssd.fla import ssd_fla
+from model.ops.ssd.mamba import ssd_mamba
 from model.registry import make_block
 
 Fn = Callable[..., tuple[Tensor, ...]]
@@ -156,6 +158,26 @@ def _mamba(docs: Docs | None) -> Pair:
     shapes = [QKV, HEAD, (H,), (0, T, G, N), (0, T, G, N), (H,)]
     leaves = _leaves(docs, *shapes, *([] if docs is not None else [(0, H, K, N)]))
     return ours, theirs, leaves
+
+
+@pair("ssd, by its adapter", "mamba_ssm mamba_chunk_scan_combined")
+def _mamba_adapter(docs: Docs | None) -> Pair:
+    G, N = 1, 16
+
+    def run(op: Callable[..., Any]) -> Fn:
+        def call(x, dt, A_log, b, c, *S):
+            dt, A = F.softplus(dt), -A_log.exp()
+            state = S[0] if S else None
+            y, last = op(
+                x * dt[..., None], dt * A, b, c, state=state, docs=docs, want_state=bool(S), step=(x, dt, A)
+            )
+            return (y,) if last is None else (y, last)
+
+        return call
+
+    shapes = [QKV, HEAD, (H,), (0, T, G, N), (0, T, G, N)]
+    leaves = _leaves(docs, *shapes, *([] if docs is not None else [(0, H, N, K)]))
+    return lambda backend: run(functools.partial(ssd, backend=backend)), run(ssd_mamba), leaves
 
 
 @pair("sliding window", "fla parallel_attn")

@@ -30,14 +30,6 @@ def operand(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
 
 
-def zero_padding(docs: Documents | None, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Inputs [B, T, ...] with zeros where there is no token, whatever lies there, even NaN."""
-    if docs is None or not docs.padded:
-        return inputs
-    here = docs.segments >= 0
-    return tuple(torch.where(here.view(*here.shape, *[1] * (x.dim() - 2)), x, 0) for x in inputs)
-
-
 @dataclass(frozen=True)
 class Chunks:
     """How T tokens lie in C chunks of Q. The masks are None when every row is one unpadded document.

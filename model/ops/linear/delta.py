@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from model.ops.documents import Documents
-from model.ops.linear.chunks import Chunks, operand, wide, zero_padding
+from model.ops.documents import Documents, zero_padding
+from model.ops.linear.chunks import Chunks, operand, wide
 from model.ops.linear.decay import EXACT_CHUNK, factors, running_sum
 
 DELTA_CHUNK = 64

@@ -1,9 +1,8 @@
 """Adapters of flash-linear-attention's kernels for GPUs: layouts, documents and states, nothing else.
 
-Shape legend: B batch  T time  H heads  K key width  V value width  S runs of `cu_seqlens`.
+Shape legend: B batch  T time  H heads  K key width  V value width
 
-fla packs documents as one row with `cu_seqlens` and one state for every run; here a state belongs to a
-row. Written against fla 0.6 and checked against its kernels in Triton's interpreter (`make oracles`); not
+Written against fla 0.6 and checked against its kernels in Triton's interpreter (`make oracles`); not
 run on a GPU here. All kernels are called with a state layout of [K, V], their functional default.
 """
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.ops.documents import Documents
-from model.ops.linear.chunks import zero_padding
+from model.ops.runs import call_with_runs
 from model.ops.select import Reason, needs_cuda
 
 
@@ -105,26 +104,6 @@ def _run(
     dtype = inputs[2].dtype
     inputs = tuple(x.to(dtype) if i < 3 else x.float() for i, x in enumerate(inputs))
     state = None if state is None else state.float()
-    if docs is None:
-        o, last = kernel(*inputs, scale=scale, initial_state=state, output_final_state=True)
-        return o.to(dtype), last
-    B, T = docs.segments.shape
-    inputs = zero_padding(docs, *inputs)
-    cu = docs.cu_seqlens.long()
-    owners = docs.segments.flatten()[cu[:-1]]  # [S] the document of each run; -1: padding
-    initial = None
-    if state is not None:
-        rows, runs = _owned(docs.first_segment(), owners)
-        initial = state.new_zeros(len(owners), *state.shape[1:]).index_copy(0, runs, state[rows])
-    flat = (x.flatten(0, 1)[None] for x in inputs)
-    o, ends = kernel(*flat, scale=scale, initial_state=initial, output_final_state=True, cu_seqlens=cu)
-    last = ends.new_zeros(B, *ends.shape[1:]) if state is None else state
-    rows, runs = _owned(docs.last_segment(), owners)
-    last = last.index_copy(0, rows, ends[runs])
-    return o.view(B, T, *o.shape[2:]).to(dtype), last
-
-
-def _owned(edge: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows, and the runs that hold their `edge` document; a row of padding has none."""
-    rows, runs = (edge[:, None] == owners[None, :]).nonzero(as_tuple=True)
-    return rows, runs
+    o, last = call_with_runs(kernel, inputs, state, docs, scale=scale)
+    assert last is not None
+    return o.to(dtype), last

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.ops.documents import Documents
-from model.ops.linear.chunks import wide, zero_padding
+from model.ops.documents import Documents, zero_padding
+from model.ops.linear.chunks import wide
 
 
 def recurrence(

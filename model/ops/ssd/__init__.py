@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.ops.documents import Documents
 from model.ops.select import Backend, choose, package, register
-from model.ops.ssd import fla
+from model.ops.ssd import fla, mamba
 from model.ops.ssd.cpu import ssd_chunked, ssd_flops
 from model.ops.ssd.reference import ssd_reference
 
@@ -18,6 +18,7 @@ __all__ = ["ssd", "ssd_flops"]
 register(
     "ssd",
     Backend("fla", fla.ssd_fla, supports=fla.refusal, available=package("fla")),
+    Backend("mamba_ssm", mamba.ssd_mamba, supports=mamba.refusal, available=package("mamba_ssm")),
     Backend("chunked", ssd_chunked),
     Backend("reference", ssd_reference),
 )
@@ -33,6 +34,7 @@ def ssd(
     docs: Documents | None = None,
     want_state: bool = False,
     chunk: int = 64,
+    step: tuple[Tensor, Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """S_t = exp(log_a_t) S_{t-1} + b_t (x) x_t,  y_t = c_t . S_t  (Dao & Gu 2024, arXiv 2405.21060).
@@ -48,12 +50,15 @@ def ssd(
     state; padding neither writes nor decays, and its output is zero.
 
     chunk:   tokens of a chunk, for the `chunked` form alone; speed, not meaning.
-    backend: `auto`, `fla` (CUDA), `chunked` (torch matmuls, any device) or `reference`.
+    step:    (u [B, T, H, P], dt [B, T, H], A [H]) with x = u dt and log_a = dt A, for kernels that multiply
+             themselves; no other backend looks at it.
+    backend: `auto`, `fla` or `mamba_ssm` (CUDA), `chunked` (torch matmuls, any device) or `reference`.
     Raises BackendError when the named backend cannot serve, ValueError on shapes that do not fit.
     """
     _check(x, log_a, b, c, state)
-    chosen = choose("ssd", backend, x, docs=docs, state=state)
-    y, last = chosen.fn(x, log_a, b, c, state=state, docs=docs, want_state=want_state, chunk=chunk)
+    chosen = choose("ssd", backend, x, docs=docs, state=state, want_state=want_state, step=step)
+    more = {"step": step} if chosen.fn is mamba.ssd_mamba else {}
+    y, last = chosen.fn(x, log_a, b, c, state=state, docs=docs, want_state=want_state, chunk=chunk, **more)
     return y, (last if want_state else None)
 
 
