@@ -96,7 +96,7 @@ class Memory(NamedTuple):
     k [B, S, G, K], v [B, S, G, V]: everything that a query of this call may see, and perhaps more.
     docs, at, key_at: documents and places of queries and keys, as `ops.attention.attend` takes them.
     turn: (cos, sin), each [B or 1, T, 1, K/2], that rotate the queries; None where positions do not count.
-    span: as `attend` takes it.     lifetime: [B, S], at what distance each key ceases to be seen; None: never.
+    span, lifetime [B, S]: as `attend` takes them.
     """
 
     k: Tensor
@@ -118,6 +118,7 @@ class Ctx:
     places:   [B, T] int64, where the tokens stand in their documents for rotary encodings, inside a
               bracket that keeps some of them; None: where `docs` and the state say. Windows, taps and
               masks count kept tokens.
+    visit:    of a block that is a bank of several sites' layers, which one this is.
     progress: 0-d fp32 tensor in [0, 1], share of the run that is done; a tensor, so that
               annealing never recompiles.
     """
@@ -126,6 +127,7 @@ class Ctx:
     memory: Memory | None = None
     progress: Tensor = field(default_factory=lambda: torch.zeros(()))
     places: Tensor | None = None
+    visit: int = 0
 
     @staticmethod
     def packed(cu_seqlens: Tensor | Sequence[int], rows: int = 1, **rest: Any) -> Ctx:

@@ -40,8 +40,11 @@ class ModuleSpec:
 
 @dataclass(frozen=True)
 class Visit:
+    """visit: of a module that is a bank of several sites' layers, which one; None for any other module."""
+
     site: str
     module: str
+    visit: int | None = None
 
 
 @dataclass(frozen=True)

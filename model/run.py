@@ -52,9 +52,8 @@ class Pass:
             module = self.bank[item.module]
             if isinstance(item, Visit):
                 call = self.around.get(item.site)
-                step = (
-                    module(x, self.state(item.site), self.ctx) if call is None else call(module, x, self.ctx)
-                )
+                ctx = self.ctx if item.visit is None else replace(self.ctx, visit=item.visit)
+                step = module(x, self.state(item.site), ctx) if call is None else call(module, x, ctx)
                 self.keep(item.site, step.state, step.aux)
                 x = step.y
             elif isinstance(item, Bracket):

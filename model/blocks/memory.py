@@ -94,6 +94,11 @@ class KVMemory(nn.Module):
         turn = rope_tables(positions, self.head_dim, self.theta, x.dtype)
         return rope(k, *turn), v, turn
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a description says."""
+        return () if self.ring is None else (f"the last {self.ring} tokens",)
+
     def token_bytes(self) -> float:
         """Bytes of one token's keys and values."""
         return 2.0 * self.heads * self.head_dim * self.k_proj.weight.element_size()
@@ -188,6 +193,10 @@ class SelectedMemory(KVMemory):
         after = None if state is None else self._after(state, held, key_segment, docs, T)
         stats = {"kept": _share(chosen, tokens)} if T > 1 else {}
         return memory, after, Aux(stats=stats)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"keeps {self.ratio:.0%} of the tokens, and the last {self.recent}",)
 
     def _after(self, state: Tokens, held: Held, segment: Tensor, docs: Docs | None, T: int) -> Tokens:
         """What later queries may still see of each row's last document."""

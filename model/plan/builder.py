@@ -36,6 +36,7 @@ class Builder:
 
     forms:  how each type of node becomes items.
     labels: bank modules by the name that `as` gave them.
+    banks:  visits of each bank of layers, by its module.
     skips:  yoco nodes by the site of their memory.
     """
 
@@ -44,6 +45,7 @@ class Builder:
         self.modules: dict[str, ModuleSpec] = {}
         self.labels: dict[str, str] = {}
         self.errors: list[str] = []
+        self.banks: dict[str, int] = {}
         self.skips: dict[str, YocoNode] = {}
         self._sites: set[str] = set()
         self._counts: dict[str, int] = {}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from model.items import Bracket, Item, Visit
 from model.plan.builder import Builder, Place
 from model.plan.yoco import check_use, reader_params, reads_memory
-from model.registry import did_you_mean
+from model.registry import BLOCKS, did_you_mean
 from model.schema import BlockNode, MirrorNode, Node, RepeatNode, UseNode, WrapNode
 
 
 def block(b: Builder, node: BlockNode, dim: int, at: Place) -> list[Item]:
+    if hasattr(BLOCKS.get(node.name), "bank_of"):
+        return [_layer(b, node, dim, at)]
     if node.as_ is None:
         name = b.numbered(at, node.name)
     else:
@@ -19,6 +22,31 @@ def block(b: Builder, node: BlockNode, dim: int, at: Place) -> list[Item]:
     params = reader_params(b, node, dim, at) if reads_memory(node.name) else node.params
     b.module(name, at.spec("block", node.name, dim, params, node.mark))
     return [Visit(b.site(at.site + name), name)]
+
+
+def _layer(b: Builder, node: BlockNode, dim: int, at: Place) -> Visit:
+    """One more layer of a bank, whose module grows with every visit."""
+    cls: Any = BLOCKS.get(node.name)
+    bank = node.params.get(cls.bank_of, BLOCKS.params(node.name)[cls.bank_of].default)
+    name = bank if at.shell is None else f"{at.shell.name}_{bank}"
+    if node.as_ is not None:
+        b.errors.append(f"{node.mark}: `as: {node.as_}`: layers of the bank {bank!r} are told by their order")
+    if "visits" in node.params:
+        b.errors.append(f"{node.mark}: visits: is counted; drop it")
+    visit = b.banks.get(name, 0)
+    b.banks[name] = visit + 1
+    spec = at.spec("block", node.name, dim, {**node.params, "visits": visit + 1}, node.mark)
+    if visit == 0:
+        b.module(name, spec)
+        return Visit(b.site(at.site + name), name, visit)
+    first = b.modules[name]
+    if {**first.params, "visits": 0} != {**spec.params, "visits": 0} or first.dim != dim:
+        b.errors.append(
+            f"{node.mark}: the bank {bank!r} was made at {first.mark} with other parameters or another width;"
+            " layers of one bank have the same, or give this one another `bank`"
+        )
+    b.modules[name] = replace(first, params=spec.params)
+    return Visit(b.site(at.site + name), name, visit)
 
 
 def use(b: Builder, node: UseNode, dim: int, at: Place) -> list[Item]:

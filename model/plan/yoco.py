@@ -121,7 +121,7 @@ def _why_not(b: Builder, items: tuple[Item, ...], i: int | None, config: Config)
 
 
 def reads_memory(name: str) -> str:
-    """The parameter by which a block of that name limits how far back it reads the memory; "" if it reads none."""
+    """The parameter that limits how far back a block of that name reads the memory; "" if it reads none."""
     return getattr(BLOCKS.get(name), "reads_memory", "")
 
 

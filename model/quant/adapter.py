@@ -88,6 +88,11 @@ class Adapter(Bottleneck):
             self.mix_out = nn.Linear(2 * dim, dim, bias=False)
             nn.init.zeros_(self.mix_out.weight)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a description says."""
+        return (f"{self.pool} pool",) if self.merge > 1 else ()
+
     def zero_exit(self) -> None:
         """Let the inside give nothing at first: a residual shell is then inserted without a trace."""
         nn.init.zeros_(self.v.weight)

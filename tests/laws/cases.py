@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .memory import remembering
+from .memory import remembering, visiting
 
 CASES: dict[str, list[dict[str, Any]]] = {
     "attention": [
@@ -48,6 +48,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "mamba2": [
         {"params": {"head_dim": 8, "state": 4, "groups": 2, "chunk": 8}},
         {"params": {"head_dim": 16, "state": 3, "chunk": 5, "dt_limit": [0.001, 0.5], "gate": True}},
+        {"params": {"head_dim": 16, "state": 4, "groups": 2, "chunk": 8, "ring": {"slots": 2, "stride": 4}}},
     ],
     "mix": [
         {"params": {"of": [{"mamba2": {"head_dim": 16, "state": 3}}, {"deltanet": {"heads": 2, "conv": 2}}]}},
@@ -75,6 +76,11 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "sparsek": [
         {"params": {"head_dim": 8, "group": 2, "keep": 2, "slots": 4, "window": 3}},
         {"params": {"head_dim": 16, "keep": 3, "slots": 5, "window": 1}},
+    ],
+    "shared_mlp": [
+        {"params": {"fresh": 0.25, "mult": 2.0, "visits": 3}, "around": visiting},
+        {"params": {"fresh": 0.1, "slide": True, "act": "gelu", "visits": 3}, "around": visiting},
+        {"params": {"fresh": 1.0, "order": "mirror", "act": "relu2", "visits": 3}, "around": visiting},
     ],
     "steer": [
         {

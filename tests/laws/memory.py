@@ -1,4 +1,5 @@
-"""A block that reads a memory, with a memory of its own tokens around it: so the laws can judge the two."""
+"""What makes a block of one that cannot stand alone, so that the laws can judge it: a memory of its own
+tokens around a block that reads one, and all visits of a bank of layers."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.blocks.memory import make_memory
 from model.core import Block, Cost, Ctx, State, Step
@@ -39,3 +40,28 @@ class Remembering(Block):
 
 def remembering(**memory: Any) -> Callable[[Block], Block]:
     return lambda block: Remembering(block, **memory)
+
+
+class Visiting(Block):
+    """Every visit of a bank of layers, one after another."""
+
+    bare = True
+
+    def __init__(self, block: Block) -> None:
+        super().__init__(block.dim)
+        self.block = block
+
+    def forward(self, x: Tensor, state: State = None, ctx: Ctx | None = None) -> Step:
+        for visit in range(self.block.visits):
+            x = self.block(x, None, replace(ctx or Ctx(), visit=visit)).y
+        return Step(x)
+
+    def cost(self, T: int) -> Cost:
+        """The laws count the Linears once."""
+        linears = sum(2.0 * m.weight.numel() * T for m in self.modules() if isinstance(m, nn.Linear))
+        n = self.block.visits
+        return Cost(n * self.block.cost(T).flops + (n - 1) * linears)
+
+
+def visiting(block: Block) -> Block:
+    return Visiting(block)

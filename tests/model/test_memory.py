@@ -98,6 +98,21 @@ def test_the_state_holds_what_was_kept() -> None:
     assert isinstance(memory, SelectedMemory)
 
 
+def test_a_description_says_what_is_held() -> None:
+    from model.describe import describe
+
+    def memory(**memory: Any) -> Any:
+        spec = {"self": ["mlp"], "memory": {"head_dim": 16, **memory}, "cross": ["xattn"]}
+        sites = describe(model.config.load({"dim": D, "stack": [{"yoco": spec}]}), vocab=V, context=64).sites
+        return next(s for s in sites if s.kind == "memory")
+
+    kept, ring = memory(keep={"ratio": 0.25, "recent": 8}), memory(ring=6)
+    assert "keeps 25% of the tokens, and the last 8" in kept.notes and "the last 6 tokens" in ring.notes
+    token = 2 * D * 4
+    assert (ring.state_fixed, ring.state_per_token) == (5 * token + 8, 0)
+    assert kept.state_per_token == 0.25 * (token + 9)
+
+
 def test_a_capacity_counts_what_is_held() -> None:
     lm = build(keep={"ratio": 0.5, "recent": 2})
     x = ids(1, 40)
