@@ -104,7 +104,7 @@ def add_tasks(commands) -> None:
         epilog="examples:\n  python -m dataset task mqar:pairs=4/8/16 --out data/mqar\n"
         "  python -m dataset task passkey:lengths=256/512,depths=0/0.5/1 --samples 5000 --out data/passkey",
     )
-    p.add_argument("spec", help="NAME or NAME:OPTION=VALUE[/VALUE...],...")
+    p.add_argument("specs", nargs="+", metavar="TASK", help="NAME or NAME:OPTION=VALUE[/VALUE...],...")
     p.add_argument("--tokenizer", default="bytes", help="as for prepare (bytes)")
     p.add_argument("--samples", type=int, default=20000, metavar="N", help="to train on (20000)")
     p.add_argument("--heldout-samples", type=int, default=500, metavar="N", help="others to test on (500)")
@@ -118,7 +118,7 @@ def run_task(args: argparse.Namespace) -> int:
     from dataset.tokenizers import make
 
     data = write(
-        args.spec, make(args.tokenizer), args.out, args.samples, args.heldout_samples, seed=args.seed
+        args.specs, make(args.tokenizer), args.out, args.samples, args.heldout_samples, seed=args.seed
     )
     text = ", ".join(f"{s.name} {s.documents:,} documents, {s.tokens:,} tokens" for s in data.splits.values())
     print(f"{args.out}: {text}")

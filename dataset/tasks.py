@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -208,16 +209,23 @@ def encode(sample: Sample, tokenizer: Encoder) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write(
-    spec: str, tokenizer: Tokenizer, out: Path, samples: int = 20000, heldout: int = 500, seed: int = 0
+    specs: Sequence[str],
+    tokenizer: Tokenizer,
+    out: Path,
+    samples: int = 20000,
+    heldout: int = 500,
+    seed: int = 0,
 ) -> Dataset:
-    """A dataset of a task: one sample a document, loss on answers and the end of the document.
+    """A dataset of one or several tasks in turn: one sample a document, loss on answers and its end.
 
     Raises DatasetError when `out` holds something else; made again with the same options, it is left alone.
     """
-    task = parse(spec)
+    tasks = [parse(spec) for spec in specs]
     if samples < 1 or heldout < 1:
         raise DatasetError("--samples and --heldout-samples must be at least 1")
-    identity = {"task": spec, "options": vars(task), "samples": samples, "heldout": heldout, "seed": seed}
+    options = [vars(task) for task in tasks]
+    identity: dict[str, Any] = {"tasks": list(specs), "options": options, "seed": seed}
+    identity |= {"samples": samples, "heldout": heldout}
     plan = digest(canonical({**identity, "tokenizer": tokenizer.identity}))
     if (out / "manifest.json").is_file() and (found := open_dataset(out)).manifest.get("plan") == plan:
         return found
@@ -227,7 +235,7 @@ def write(
     try:
         (tmp / "shards").mkdir(parents=True)
         splits = {
-            split: split_record(_shards(task, tokenizer, tmp, split, n, seed))
+            split: split_record(_shards(tasks, tokenizer, tmp, split, n, seed))
             for split, n in {"train": samples, "heldout": heldout}.items()
         }
         counts = {key: sum(s.get(key, 0) for s in splits.values()) for key in COUNTED}
@@ -241,7 +249,7 @@ def write(
                 "eos_id": tokenizer.eos_id,
                 "tokenizer": tokenizer_record(tokenizer, tmp),
                 "splits": splits,
-                "sources": [{"source": f"task:{spec}", "files": 1, **identity}],
+                "sources": [{"source": "tasks", "files": 1, **identity}],
                 "inputs": {"files": 1, "blake3": plan},
                 "counts": counts,
                 "heldout": heldout / (samples + heldout),
@@ -257,12 +265,13 @@ def write(
 
 
 def _shards(
-    task: Task, tokenizer: Tokenizer, folder: Path, split: str, samples: int, seed: int
+    tasks: list[Task], tokenizer: Tokenizer, folder: Path, split: str, samples: int, seed: int
 ) -> list[dict[str, Any]]:
     writer = ShardWriter(folder / "shards", f"{split}-000000", dtype_for(tokenizer.vocab), masks=True)
     table = tokenizer.bytes_per_token
     for number in range(samples):
-        ids, answers = encode(task.sample(seed, split, number), tokenizer)
+        which, n = number % len(tasks), number // len(tasks)
+        ids, answers = encode(tasks[which].sample(seed, split, n), tokenizer)
         ids = np.append(ids, tokenizer.eos_id)
         writer.add(ids, int(table[ids].sum()), np.append(answers > 0, True))
     return writer.close()

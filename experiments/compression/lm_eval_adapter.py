@@ -3,7 +3,7 @@
     from experiments.compression.lm_eval_adapter import harness_model
     lm_eval.simple_evaluate(model=harness_model(compressor, tokenizer, keep=32, ratio=4.0), tasks=[...])
 
-`Requests` does the work and knows nothing of the harness, which is only imported by `harness_model`.
+`Requests` does the work and knows nothing of the harness; the class that the harness sees is `train.harness`'s.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from model.compress.base import ContextCompressor
 from model.compress.rows import token_losses
+from train import harness
 
 
 class Requests:
@@ -53,33 +54,9 @@ class Requests:
             torch.tensor([tail]), kept, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
         )
         text = self.tokenizer.decode(made[0, len(tail) :].tolist(), skip_special_tokens=True)
-        for stop in until:
-            text = text.split(stop)[0] if stop else text
-        return text
+        return harness.cut_before(text, until)
 
 
 def harness_model(compressor: ContextCompressor, tokenizer: Any, keep: int = 32, **asked: Any) -> Any:
-    """An `lm_eval.api.model.LM`. Raises ImportError, naming the package, where lm-eval is not installed."""
-    try:
-        from lm_eval.api.model import LM
-    except ImportError:
-        raise ImportError("the harness is the package lm-eval: pip install lm-eval") from None
-    requests = Requests(compressor, tokenizer, keep, **asked)
-
-    class CompressedLM(LM):
-        def loglikelihood(self, requests_: Any, **_: Any) -> list[tuple[float, bool]]:
-            return [requests.score(*r.args) for r in requests_]
-
-        def loglikelihood_rolling(self, requests_: Any, **_: Any) -> list[float]:
-            return [requests.score("", r.args[0])[0] for r in requests_]
-
-        def generate_until(self, requests_: Any, **_: Any) -> list[str]:
-            out = []
-            for r in requests_:
-                context, options = r.args
-                until = options.get("until", [])
-                until = [until] if isinstance(until, str) else until
-                out.append(requests.write(context, until, int(options.get("max_gen_toks", 64))))
-            return out
-
-    return CompressedLM()
+    """An `lm_eval.api.model.LM`. Raises UserError, naming the extra, where lm-eval is not installed."""
+    return harness.harness_model(Requests(compressor, tokenizer, keep, **asked))

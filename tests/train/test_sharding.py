@@ -93,7 +93,9 @@ def test_fully_sharded_ranks_equal_one_process(here, data) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [("run.parallel=fsdp2", "run.reshard=true"), ("run.parallel=ddp",)])
+@pytest.mark.parametrize(
+    "how", [("run.parallel=fsdp2", "run.reshard=true"), ("run.parallel=ddp",)], ids=["fsdp2", "ddp"]
+)
 def test_ranks_may_change_at_every_resume(here, data, how) -> None:
     """parallel: 2 -> 1 -> 2 ranks see the same tokens and end with the same parameters as a straight run."""
     archs = ("onion", "samba")

@@ -1,0 +1,224 @@
+"""`python -m experiments report SWEEP.yaml`: what a sweep found, from its committed summaries alone.
+
+Writes results.md, its plots, and results.html, which holds everything. The same summaries give the same
+files, byte for byte (with the same versions of the libraries that draw).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.files import write_bytes
+from experiments import plots
+from experiments.intervals import Mean, paired, verdict
+from experiments.summary import FILE, Line, file_of, read
+from experiments.sweep import Sweep
+from train.errors import UserError
+from train.page import page
+
+LOWER = (
+    "bits_per_byte",
+    "nats",
+    "prefill_ms",
+)  # metrics where less is better; tasks are shares of right answers
+TITLES = {"bits_per_byte": "bits/byte", "prefill_ms": "prefill ms"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The runs of one dataset. cases: {case: its line}, in the sweep's order; runs: {case: {seed: line}}."""
+
+    data: str
+    base: str
+    cases: dict[str, Line]
+    runs: dict[str, dict[int, Line]]
+
+    def values(self, case: str, metric: str) -> dict[int, float]:
+        """{seed: value} of the runs that have it."""
+        found = ((s, r["metrics"].get(metric)) for s, r in self.runs[case].items())
+        return {s: v for s, v in found if v is not None}
+
+    def mean(self, case: str, metric: str) -> Mean:
+        return Mean.of(list(self.values(case, metric).values()))
+
+    def metrics(self) -> list[str]:
+        """Every metric, in the order in which runs name them."""
+        return list(
+            dict.fromkeys(m for runs in self.runs.values() for r in runs.values() for m in r["metrics"])
+        )
+
+
+def write(sweep: Sweep, out: Path) -> Path:
+    """Make the pages in `out`; returns the HTML page. Raises UserError when there is nothing to report."""
+    lines = read(file_of(sweep))
+    groups = [g for data in sweep.spec.data if (g := group(sweep, lines, data)).runs]
+    if not groups:
+        raise UserError(f"{file_of(sweep)}: no runs yet; first  python -m experiments run {sweep.path}")
+    out.mkdir(parents=True, exist_ok=True)
+    stem = "results" if sweep.path.stem == "sweep" else f"{sweep.path.stem}.results"
+    parts = [f"# {sweep.name}: {sweep.spec.question}", "", *preface(sweep, groups), ""]
+    for g in groups:
+        parts += section(sweep, g, out, stem)
+    text = "\n".join(parts).rstrip() + "\n"
+    write_bytes(out / f"{stem}.md", text.encode())
+    write_bytes(out / f"{stem}.html", page(text, out).encode())
+    return out / f"{stem}.html"
+
+
+def group(sweep: Sweep, lines: Iterable[Line], data: str) -> Found:
+    """What was found on one dataset; cases without runs are left out."""
+    mine = [line for line in lines if line["data"] == data]
+    known = {line["case"]: line for line in mine if line["kind"] == "case"}
+    runs: dict[str, dict[int, Line]] = {}
+    for line in mine:
+        if line["kind"] == "run":
+            runs.setdefault(line["case"], {})[line["seed"]] = line
+    order = [c for c in sweep.cases if c in runs and c in known]
+    base = sweep.base if sweep.base in order else (order[0] if order else "")
+    return Found(data, base, {c: known[c] for c in order}, {c: dict(sorted(runs[c].items())) for c in order})
+
+
+def preface(sweep: Sweep, groups: Sequence[Found]) -> list[str]:
+    runs = [r for g in groups for by_seed in g.runs.values() for r in by_seed.values()]
+    wanted = len(sweep.runs)
+    codes = sorted({r["code"][:12] + ("+changes" if r["code"].endswith("+changes") else "") for r in runs})
+    budget = next(f"{v:g} {k}" for k, v in vars(sweep.spec.budget).items() if v is not None)
+    left = "" if len(runs) >= wanted else f" {wanted - len(runs)} of {wanted} runs are not done yet."
+    return [
+        f"{len(runs)} runs, {budget} each; code {', '.join(codes)}.{left} Means over seeds ± half the 95 % "
+        f"interval; differences are paired by seed, and a tie where their interval holds 0.",
+        "",
+        f"Rebuilt from `{FILE}` by `python -m experiments report {shown(sweep)}`.",
+    ]
+
+
+def shown(sweep: Sweep) -> str:
+    name = sweep.path.parent.name
+    return f"experiments/{name}" if sweep.path.stem == "sweep" else sweep.path.name
+
+
+def section(sweep: Sweep, g: Found, out: Path, stem: str) -> list[str]:
+    """Tables and plots of one dataset."""
+    every = g.metrics()
+    tasks = [t.partition(":")[0] for t in sweep.spec.data[g.data].tasks]
+    main = [m for m in ["bits_per_byte", *tasks, "prefill_ms"] if m in every]
+    lines = [f"## {g.data}", "", *score_table(sweep, g, main), "", *cost_table(g), ""]
+    for task in tasks:
+        lines += detail_table(g, [m for m in every if m.startswith(f"{task} ")], task)
+    lines += detail_table(
+        g, [m for m in every if m.startswith("nats ")], "nats per token, past the training length"
+    )
+    lines += detail_table(
+        g, [m for m in every if m.startswith("bits_per_byte/")], "bits per byte of every head"
+    )
+    measure = sweep.spec.measure if sweep.spec.measure in every else main[0]
+    for name, caption, figure in (
+        (
+            "curves",
+            "Held-out loss over tokens, FLOPs and seconds of training; mean and range over seeds",
+            plots.curves(g),
+        ),
+        (
+            "pareto",
+            f"{title(measure)} against what it costs; the line joins the best",
+            plots.pareto(g, measure, lower(measure)),
+        ),
+    ):
+        file = f"{stem}-{g.data}-{name}.png"
+        figure.savefig(out / file, dpi=110, metadata={"Software": None})
+        lines += [f"![{caption}]({file})", "", f"{caption}.", ""]
+    return lines
+
+
+# ----------------------------------------------------------------------------- tables
+
+
+def score_table(sweep: Sweep, g: Found, metrics: Sequence[str]) -> list[str]:
+    """Every case's scores, and how they differ from the base's."""
+    head = ["case", "seeds"]
+    for m in metrics:
+        head += [title(m), f"minus {g.base}", ""]
+    rows = []
+    for case, runs in g.runs.items():
+        cells = [case, str(len(runs))]
+        for m in metrics:
+            cells.append(number(g.mean(case, m)))
+            if case == g.base:
+                cells += ["", "base"]
+                continue
+            gap = paired(g.values(case, m), g.values(g.base, m))
+            cells += [number(gap, signed=True), verdict(gap, lower(m))]
+        rows.append(cells)
+    about = [f"- {c}: {sweep.cases[c].about}" for c in g.cases if c in sweep.cases and sweep.cases[c].about]
+    return [*markdown(head, rows), *([""] if about else []), *about]
+
+
+def cost_table(g: Found) -> list[str]:
+    head = [
+        "case",
+        "parameters",
+        "trained",
+        "MFLOP/token",
+        "TFLOP",
+        "tokens (M)",
+        "state KiB",
+        "tokens/s",
+        "seconds",
+    ]
+    rows = []
+    for case, line in g.cases.items():
+        runs = list(g.runs[case].values())
+        tokens = runs[0]["tokens"]
+        speed, seconds = (
+            Mean.of([r[k] for r in runs if r[k] is not None]) for k in ("tokens_per_s", "seconds")
+        )
+        rows.append(
+            [
+                case,
+                f"{line['parameters']:,}",
+                f"{line['trained']:,}",
+                f"{line['flops_per_token'] / 1e6:.2f}",
+                f"{line['flops_per_token'] * tokens / 1e12:.2f}",
+                f"{tokens / 1e6:.2f}",
+                f"{line['state_bytes'] / 1024:,.1f}",
+                f"{speed.value:,.0f}",
+                f"{seconds.value:.0f}",
+            ]
+        )
+    return markdown(head, rows)
+
+
+def detail_table(g: Found, metrics: Sequence[str], caption: str) -> list[str]:
+    """Means alone, a column a difficulty."""
+    if not metrics:
+        return []
+    head = ["case", *(m.partition(" ")[2] or m.partition("/")[2] for m in metrics)]
+    rows = [[case, *(number(g.mean(case, m)) for m in metrics)] for case in g.runs]
+    return [f"{caption}:", "", *markdown(head, rows), ""]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+    return [line(head), "|" + "---|" * len(head), *(line(row) for row in rows)]
+
+
+def number(mean: Mean, signed: bool = False) -> str:
+    """1.234 ± 0.005; empty when there is nothing."""
+    if not mean.count:
+        return ""
+    digits = 1 if abs(mean.value) >= 100 else 3
+    text = f"{mean.value:+.{digits}f}" if signed else f"{mean.value:.{digits}f}"
+    return text if math.isnan(mean.half) else f"{text} ± {mean.half:.{digits}f}"
+
+
+def title(metric: str) -> str:
+    return TITLES.get(metric, metric)
+
+
+def lower(metric: str) -> bool:
+    return metric.startswith(LOWER)

@@ -1,0 +1,258 @@
+"""`python -m experiments run SWEEP.yaml`: train what is not trained yet, measure it, and write it down.
+
+Safe to kill at any moment: a run that was begun is resumed, one that is done is left alone, and a summary is
+written when its run is measured. `--part I/N` does every N-th run, so that machines can share a sweep.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import dataset
+import model
+from dataset.files import DatasetError, write_bytes
+from dataset.format import Dataset
+from experiments import summary
+from experiments.commands import ROOT
+from experiments.commands import run as command
+from experiments.summary import short
+from experiments.sweep import Run, Sweep
+from model.config import dumps
+from model.describe import describe
+from model.lm import LanguageModel
+from model.schema import Config
+from train import rundir
+from train.errors import UserError
+from train.evaluate import evaluate
+from train.world import autocast
+
+RUNS = Path("runs/sweeps")
+PROBE_STEPS = 8  # steps that a budget in seconds is measured on
+
+
+@dataclass(frozen=True)
+class Options:
+    """only: cases to run, none: all.  part: (I, N).  out: where run folders go."""
+
+    only: Sequence[str] = ()
+    part: tuple[int, int] = (0, 1)
+    out: Path | None = None
+
+
+def run_sweep(sweep: Sweep, options: Options, console: Console) -> None:
+    """Everything that is left to do. Raises UserError, ConfigError or DatasetError."""
+    refuse_changed(sweep)
+    todo = chosen(sweep, options)
+    root = options.out or ROOT / RUNS / sweep.name
+    for i, run in enumerate(todo):
+        found = next((x for x in summary.read(summary.file_of(sweep)) if is_of(x, run, sweep)), None)
+        head = f"[{i + 1}/{len(todo)}] {run.label}"
+        if found is not None:
+            console.print(f"{head}: done", highlight=False, markup=False)
+            continue
+        console.print(head, highlight=False, markup=False)
+        one(sweep, run, root)
+
+
+def refuse_changed(sweep: Sweep) -> None:
+    """Runs of another base would be compared with runs of this one. Raises UserError that names them."""
+    lines = summary.changed(sweep, summary.read(summary.file_of(sweep)))
+    if lines:
+        raise UserError(
+            f"{sweep.path}: what its runs were made of has changed since:\n  "
+            + "\n  ".join(lines)
+            + f"\nput it back, or drop those runs with\n  python -m experiments forget {sweep.path}"
+        )
+
+
+def chosen(sweep: Sweep, options: Options) -> list[Run]:
+    """The runs that this call is about. Raises UserError for a case that does not exist."""
+    for name in options.only:
+        if name not in sweep.cases:
+            raise UserError(f"--only {name}: no such case; there are {', '.join(sweep.cases)}")
+    index, parts = options.part
+    mine = [run for n, run in enumerate(sweep.runs) if n % parts == index]
+    return [run for run in mine if not options.only or run.case in options.only]
+
+
+def is_of(line: summary.Line, run: Run, sweep: Sweep) -> bool:
+    return summary.place(line) == ("run", run.data, run.case, run.seed) and line["digest"] == sweep.key(run)
+
+
+# ----------------------------------------------------------------------------- one run
+
+
+def one(sweep: Sweep, run: Run, root: Path) -> None:
+    """Train (or resume), evaluate, and write the summary."""
+    data = ensure_data(sweep, run.data)
+    case = case_line(sweep, run, data, root)
+    summary.put(sweep, case)
+    folder = root / sweep.key(run)
+    config = sized(run, case["tokens"])
+    write_bytes(make(root / "configs") / f"{folder.name}.yaml", dumps(config).encode())
+    words: list[str | Path] = ["train/pretrain.py", "--arch", root / "configs" / f"{folder.name}.yaml"]
+    words += ["--data", data.path.resolve(), "--run-dir", folder, "--resume"]
+    if run.after is not None:
+        first = root / sweep.key(run.after)
+        if rundir.status_of(first)["status"] != "complete":
+            one(sweep, run.after, root)
+        words += ["--init-from", first]
+    command(*words)
+    summary.put(sweep, run_line(sweep, run, folder))
+
+
+def sized(run: Run, tokens: int) -> Config:
+    """The run's configuration with its seed and length."""
+    return replace(run.config, run=replace(run.config.run, seed=run.seed, tokens=tokens))
+
+
+def ensure_data(sweep: Sweep, name: str) -> Dataset:
+    """The dataset of that name, made if it is not there. Raises DatasetError."""
+    spec = sweep.spec.data[name]
+    path = data_path(spec.path)
+    if not (path / "manifest.json").is_file() and spec.make:
+        command("-m", "dataset", *spec.make, "--out", path)
+    return dataset.open(path)
+
+
+def data_path(path: str) -> Path:
+    """Relative paths are the project's."""
+    return ROOT / path
+
+
+def case_line(sweep: Sweep, run: Run, data: Dataset, root: Path) -> summary.Line:
+    """What a case is, its length included. A length found earlier is kept: every seed has the same."""
+    old = [x for x in summary.read(summary.file_of(sweep)) if x["kind"] == "case"]
+    for line in old:
+        if (line["case"], line["data"]) == (run.case, run.data):
+            return line
+    shape = describe(run.config, vocab=data.vocab, context=run.config.run.context)
+    flops = shape.total("training")
+    parameters = shape.parameters()
+    return {
+        "kind": "case",
+        "case": run.case,
+        "data": run.data,
+        "digest": summary.identity_digest(sweep, run),
+        "identity": sweep.identity(run),
+        "parameters": parameters["total"],
+        "trained": parameters["trained"],
+        "flops_per_token": short(flops),
+        "state_bytes": short(shape.state_bytes(run.config.run.context)),
+        "context": run.config.run.context,
+        "tokens": tokens_of(sweep, run, data, flops, root),
+    }
+
+
+def tokens_of(sweep: Sweep, run: Run, data: Dataset, flops: float, root: Path) -> int:
+    """The budget in training tokens, a whole number of steps."""
+    budget, r = sweep.spec.budget, run.config.run
+    if budget.tokens is not None:
+        tokens = budget.tokens
+    elif budget.flops is not None:
+        tokens = budget.flops / flops
+    else:
+        assert budget.seconds is not None
+        tokens = budget.seconds * speed(run, data, root / "probes" / sweep.key(run))
+    step = r.batch * r.context
+    return max(1, round(tokens / step)) * step
+
+
+def speed(run: Run, data: Dataset, folder: Path) -> float:
+    """Training tokens a second on this machine now, from a few steps (the first is left out)."""
+    r = run.config.run
+    tokens = PROBE_STEPS * r.batch * r.context
+    config = replace(
+        run.config,
+        run=replace(r, tokens=tokens, log_every=1, eval_every=0, save_every=0, eval_tokens=r.context),
+    )
+    path = make(folder) / "probe.yaml"
+    write_bytes(path, dumps(config).encode())
+    words = ("--data", data.path.resolve(), "--run-dir", folder / "run", "--resume")
+    command("train/pretrain.py", "--arch", path, *words)
+    found = [x["tokens_per_s"] for x in summary.records_of(folder / "run") if x["kind"] == "train"]
+    return statistics.median(found[1:] or found)
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run_line(sweep: Sweep, run: Run, folder: Path) -> summary.Line:
+    """Measure a finished run."""
+    spec = sweep.spec
+    if rundir.status_of(folder)["status"] != "complete":
+        raise UserError(f"{folder}: {run.label} is not complete; run the same command again")
+    found = evaluate(folder, None, spec.eval_tokens, spec.data[run.data].tasks, spec.samples)
+    lm = model.load(folder)
+    metrics = summary.metrics_of(found, lm.output_head)
+    if spec.prefill:
+        metrics["prefill_ms"] = prefill_ms(lm, spec.prefill, run.config.run.precision)
+    about = rundir.about_of(folder)
+    return {
+        "kind": "run",
+        "case": run.case,
+        "data": run.data,
+        "seed": run.seed,
+        "digest": sweep.key(run),
+        "metrics": metrics,
+        **summary.measure(folder, lm.output_head),
+        "code": about["code"],
+        "torch": about["environment"]["torch"],
+    }
+
+
+@torch.no_grad()
+def prefill_ms(lm: LanguageModel, tokens: int, precision: str, rounds: int = 5) -> float | None:
+    """Median milliseconds from a prompt of `tokens` tokens to its last logits, on one row."""
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    times = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        with autocast(torch.device("cpu"), precision):
+            lm(ids, state=lm.init_state(1), last=True)
+        times.append(time.perf_counter() - began)
+    return short(1000 * statistics.median(times[1:]))
+
+
+# ----------------------------------------------------------------------------- without running
+
+
+def plan_table(sweep: Sweep, options: Options) -> Table:
+    """What a run would do: a row a case and dataset, parameters and work where the dataset is there."""
+    done = summary.read(summary.file_of(sweep))
+    table = Table(title=f"{sweep.name}: {sweep.spec.question}")
+    for title in ("case", "data", "parameters", "MFLOP/token", "state KiB", "tokens", "seeds done"):
+        table.add_column(title, justify="left" if title in ("case", "data") else "right")
+    mine = chosen(sweep, options)
+    for case, data in dict.fromkeys((run.case, run.data) for run in mine):
+        runs = [run for run in mine if (run.case, run.data) == (case, data)]
+        count = sum(any(is_of(line, run, sweep) for line in done) for run in runs)
+        table.add_row(case, data, *shape_cells(sweep, runs[0]), f"{count}/{len(runs)}")
+    return table
+
+
+def shape_cells(sweep: Sweep, run: Run) -> list[str]:
+    path = data_path(sweep.spec.data[run.data].path)
+    try:
+        vocab: int | None = dataset.open(path).vocab
+    except DatasetError:
+        vocab = 260 if "smollm2" not in " ".join(sweep.spec.data[run.data].make) else None
+    shape = describe(run.config, vocab=vocab, context=run.config.run.context)
+    flops, budget = shape.total("training"), sweep.spec.budget
+    tokens = budget.tokens or (budget.flops / flops if budget.flops else None)
+    return [
+        f"{shape.parameters()['total']:,}",
+        f"{flops / 1e6:.1f}",
+        f"{shape.state_bytes(run.config.run.context) / 1024:,.0f}",
+        f"{tokens:,.0f}" if tokens else f"{budget.seconds:.0f} s",
+    ]

@@ -1,0 +1,177 @@
+"""A sweep file: read strictly, resolved once, reported from its summaries alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from dataset.tasks import write as write_task
+from dataset.tokenizers import make
+from experiments import summary
+from experiments.__main__ import main
+from experiments.intervals import Mean, paired, verdict
+from experiments.plots import front
+from experiments.sweep import read
+from model.schema import ConfigError
+
+ARCH = """
+dim: 16
+stack: [{gla: {head_dim: 8}}, {mlp: {mult: 2, multiple_of: 8}}]
+heads: {next: {shift: 1}}
+run: {batch: 2, context: 32, precision: fp32, eval_every: 2, eval_tokens: 64, save_every: 2, log_every: 1}
+"""
+SWEEP = """
+question: Does the width matter?
+arch: base.yaml
+data:
+  recall: {path: DATA, tasks: ["mqar:pairs=4/8"]}
+cases:
+  narrow: {about: as it is}
+  wide: {set: {dim: 24, optim: {lr: 1e-3}}}
+  longer: {after: narrow}
+grid: {run.context: [32]}
+seeds: 2
+budget: {tokens: 256}
+eval_tokens: 64
+samples: 2
+prefill: 16
+measure: mqar
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    write_task(["mqar:pairs=4/8", "copy:lengths=4"], make("bytes"), tmp_path / "data", 40, 20)
+    (tmp_path / "base.yaml").write_text(ARCH)
+    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("DATA", str(tmp_path / "data")))
+    return tmp_path / "sweep.yaml"
+
+
+def invent(path: Path) -> None:
+    """Summaries as runs would have left them: `wide` is better by 0.1 with every seed."""
+    found = read(path)
+    for run in found.runs:
+        gain = 0.1 * ("wide" in run.case)
+        shape = {
+            "parameters": 1000,
+            "trained": 900,
+            "flops_per_token": 6e3,
+            "state_bytes": 512,
+            "context": 32,
+        }
+        identity = {"digest": summary.identity_digest(found, run), "identity": found.identity(run)}
+        case = {"kind": "case", "case": run.case, "data": run.data, **identity, **shape, "tokens": 256}
+        metrics = {
+            "bits_per_byte": 2 - gain + 0.01 * run.seed,
+            "mqar": 0.5 + gain,
+            "mqar pairs=4 noise=0": 0.6,
+        }
+        curve = [[0, 0.0, 5.0, 8.0], [128, 1.0, 2.0, 3.0 - gain], [256, 2.0, 1.5, 2.0 - gain]]
+        line = {"kind": "run", "case": run.case, "data": run.data, "seed": run.seed, "digest": found.key(run)}
+        line |= {"metrics": metrics, "curve": curve, "tokens": 256, "seconds": 2.0, "tokens_per_s": 128.0}
+        summary.put(found, case, {**line, "code": "0" * 40, "torch": "2"})
+
+
+def test_runs_are_found_again_by_what_they_are(sweep) -> None:
+    found = read(sweep)
+    assert [r.label for r in found.runs][:3] == [
+        "narrow context=32 on recall, seed 0", "wide context=32 on recall, seed 0",
+        "longer context=32 on recall, seed 0",
+    ]  # fmt: skip
+    keys = [found.key(r) for r in found.runs]
+    assert len(set(keys)) == 6 and found.base == "narrow context=32"
+    assert found.runs[1].config.dim == 24 and found.runs[1].config.optim.lr == 1e-3
+    sweep.write_text(sweep.read_text().replace("seeds: 2", "seeds: 3").replace("as it is", "other words"))
+    assert [read(sweep).key(r) for r in read(sweep).runs][:6] == keys  # words and more seeds change none
+    (sweep.parent / "base.yaml").write_text(ARCH.replace("dim: 16", "dim: 32"))
+    again = read(sweep)
+    assert not {again.key(r) for r in again.runs if "wide" not in r.case} & set(keys)
+
+
+MISTAKES = {
+    "unknown key": (("seeds: 2", "seed: 2"), "sweep.yaml:13:1 : unknown key 'seed'; did you mean 'seeds'?"),
+    "unknown block": (("dim: 24", "stack: [glaa]"), "did you mean 'gla'"),
+    "two budgets": (("tokens: 256", "tokens: 256, seconds: 3"), "exactly one of tokens, flops and seconds"),
+    "unknown base": (("seeds: 2", "base: broad"), "no case 'broad'"),
+    "unknown task": (("mqar:pairs=4/8", "mqar:pair=4"), "no option 'pair'"),
+    "unknown measure": (("measure: mqar", "measure: copy"), "'copy' is neither"),
+    "after nothing": (("after: narrow", "after: nobody"), "no case that starts from nothing"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_mistakes_are_named_with_their_place(sweep, what) -> None:
+    (old, new), message = MISTAKES[what]
+    sweep.write_text(sweep.read_text().replace(old, new))
+    with pytest.raises(ConfigError) as caught:
+        read(sweep)
+    shown = str(caught.value)
+    assert message.replace(" : ", " ").replace(":1 ", ":1") in shown.replace(":1 ", ":1"), shown
+    assert "sweep.yaml" in shown
+
+
+def test_a_changed_base_is_named_and_refused(sweep, capsys) -> None:
+    invent(sweep)
+    assert main(["run", str(sweep), "--dry-run"]) == 0
+    assert "2/2" in capsys.readouterr().out
+    (sweep.parent / "base.yaml").write_text(ARCH.replace("dim: 16", "dim: 32"))
+    before = (sweep.parent / "summaries.jsonl").read_bytes()
+    assert main(["run", str(sweep)]) == 2
+    error = capsys.readouterr().err
+    assert "narrow" in error and "config.dim: 16 then, 32 now" in error and "forget" in error
+    assert (sweep.parent / "summaries.jsonl").read_bytes() == before  # nothing half-done
+    assert main(["forget", str(sweep)]) == 0
+    left = summary.read(sweep.parent / "summaries.jsonl")
+    assert {line["case"] for line in left} == {"wide context=32"}  # it sets its own width
+
+
+def test_the_report_is_rebuilt_byte_for_byte(sweep, capsys) -> None:
+    assert main(["report", str(sweep)]) == 2 and "no runs yet" in capsys.readouterr().err
+    invent(sweep)
+    made = []
+    for name in ("a", "b"):
+        assert main(["report", str(sweep), "--out", str(sweep.parent / name)]) == 0
+        made.append({p.name: p.read_bytes() for p in (sweep.parent / name).iterdir()})
+    assert made[0] == made[1] and len(made[0]) == 4
+    text = made[0]["results.md"].decode()
+    rows = {
+        r.split("|")[1].strip(): [c.strip() for c in r.split("|")] for r in text.splitlines() if r[:2] == "| "
+    }
+    assert "0.600 ± 0.000" in text and "+0.100 ± 0.000" in text and "better" in text and "tie" in text
+    assert rows["wide context=32"] and "narrow context=32: as it is" in text
+    html = made[0]["results.html"].decode()
+    assert html.count("data:image/png;base64,") == 2 and "<table>" in html and "http" not in html
+
+
+def test_intervals_and_verdicts() -> None:
+    mean = Mean.of([1.0, 2.0, 3.0])
+    assert mean.value == 2 and mean.half == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(Mean.of([1.0]).half)
+    gap = paired({0: 1.0, 1: 2.0, 2: 3.0}, {0: 1.5, 1: 2.4, 2: 3.6, 3: 9.0})
+    assert gap.value == pytest.approx(-0.5) and gap.count == 3
+    assert verdict(gap, lower_is_better=True) == "better" and verdict(gap, False) == "worse"
+    assert verdict(Mean(0.1, 0.2, 3), True) == "tie" and verdict(Mean(0.1, math.nan, 1), True) == "one seed"
+    assert front([(1, 5), (2, 6), (3, 4), (3, 9)], True) == [(1, 5), (3, 4)]
+    assert front([(1, 5), (2, 6), (3, 4)], False) == [(1, 5), (2, 6)]
+
+
+@pytest.mark.slow
+def test_a_sweep_is_run_resumed_and_measured(sweep, capsys) -> None:
+    """sweep: killed after its first case, it goes on; what is done is left alone."""
+    out = str(sweep.parent / "runs")
+    assert main(["run", str(sweep), "--only", "narrow context=32", "--part", "0/2", "--out", out]) == 0
+    lines = (sweep.parent / "summaries.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["case", "run"]
+    assert main(["run", str(sweep), "--out", out]) == 0
+    runs = [x for x in summary.read(sweep.parent / "summaries.jsonl") if x["kind"] == "run"]
+    assert len(runs) == 6 and all(r["metrics"]["prefill_ms"] > 0 and len(r["curve"]) == 3 for r in runs)
+    assert json.loads(lines[1]) in runs and 0 <= runs[0]["metrics"]["mqar"] <= 1
+    folders = [p for p in Path(out).iterdir() if (p / "run.json").is_file()]
+    assert len(folders) == 6
+    about = [json.loads((p / "run.json").read_text())["origin"]["from"] for p in folders]
+    assert sum(a is not None for a in about) == 2
+    assert main(["report", str(sweep)]) == 0
+    assert main(["run", str(sweep), "--out", out]) == 0 and "done" in capsys.readouterr().out
