@@ -3,7 +3,7 @@
     from experiments.compression.lm_eval_adapter import harness_model
     lm_eval.simple_evaluate(model=harness_model(compressor, tokenizer, keep=32, ratio=4.0), tasks=[...])
 
-`Requests` does the work and knows nothing of the harness; the class that the harness sees is `train.harness`'s.
+`Requests` does the work and knows nothing of the harness; the class that it sees is of `train.harness`.
 """
 
 from __future__ import annotations
