@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model import config as reader
+from model.embed import stored_rows
 from model.hub import SourceError, pretrained_rows
 from model.lm import LanguageModel
 from model.schema import Config, ConfigError
@@ -69,9 +70,8 @@ def load(source: str | Path) -> LanguageModel:
     folder = checkpoint_folder(Path(source))
     config = reader.load(folder / "config.yaml")
     tensors = load_file(folder / "model.safetensors")
-    weight = tensors["embed.weight"]
-    pretrained = weight if config.embed.from_ is not None else None
-    lm = LanguageModel(config, weight.shape[0], pretrained)
+    vocab, rows = stored_rows(tensors)
+    lm = LanguageModel(config, vocab, rows if config.embed.from_ is not None else None)
     lm.load_state_dict(tensors)
     return lm.eval()
 

@@ -8,6 +8,7 @@ Shape legend: T tokens of context  V vocabulary  W width of pretrained rows.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -120,8 +121,7 @@ def describe(config: Config, *, vocab: int | None = None, context: int = 1024) -
         if shape is None:
             shape = (DEFAULT_VOCAB, config.dim)
             notes.append(f"embed.from: {config.embed.from_} is not here; its rows count as {config.dim} wide")
-        # Ones of the right shape: the embedding wants to know the rows' scale, and this takes no memory.
-        table = torch.ones(1, 1).expand(vocab or config.vocab or shape[0], shape[1])
+        table = torch.empty(vocab or config.vocab or shape[0], shape[1], device="meta")
     with torch.device("meta"):
         lm = build(config, vocab=vocab, table=table)
     if vocab is None and config.vocab is None:
@@ -156,17 +156,22 @@ class _Walker:
                 state_per_token=cost.cost.state_per_token * share,
             )
         frozen = bool(params) and not any(p.requires_grad for p in params)
+        notes: tuple[str, ...] = getattr(module, "notes", ())  # what it has to say of itself
         marks = [word for word, on in (("shared", shared), ("frozen", frozen)) if on and params]
         count = 0 if shared else sum(p.numel() for p in params)
         self.sites.append(
-            replace(item, parameters=count, shared=shared, frozen=frozen, notes=(*marks, *item.notes))
+            replace(item, parameters=count, shared=shared, frozen=frozen, notes=(*marks, *item.notes, *notes))
         )
 
     def embed(self) -> None:
         embed, cfg = self.lm.embed, self.lm.config.embed
-        rows = f"{embed.weight.shape[0]} × {embed.weight.shape[1]}"
+        rows = f"{embed.vocab} × {embed.width}"
         shape = rows if embed.project is None else f"{rows} → {embed.dim}"
         notes = [f"rows of {cfg.from_}"] if cfg.from_ else []
+        if cfg.vq is not None:
+            bits, whole = embed.stored_bits, 32 * embed.vocab * embed.width
+            each = f"{cfg.vq.groups} codes of {math.log2(cfg.vq.codes):g} bits a row"
+            notes.append(f"{each}; {size_of(bits / 8)} with their tables, {size_of(whole / 8)} whole")
         if not embed.weight.requires_grad and any(p.requires_grad for p in embed.parameters()):
             notes.append("rows frozen")
         notes.append("tied to the logits" if cfg.tied else "logits have their own table")

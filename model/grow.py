@@ -14,8 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from model.bank import residual_outputs
 from model.items import Bracket, Cross, Fade, Visit
-from model.lm import LanguageModel, residual_outputs
+from model.lm import LanguageModel
 from model.plan import make_plan
 from model.quant.adapter import Adapter
 from model.schema import Config, ConfigError, OnionNode

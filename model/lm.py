@@ -12,9 +12,9 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from model.blocks.memory import KVMemory, make_memory
+from model.bank import build_module, scale_residual_outputs
 from model.combine import Faded, Residual
-from model.core import NO_AUX, Aux, Bottleneck, Ctx, Docs, at_least_fp32, merge_aux
+from model.core import NO_AUX, Aux, Ctx, Docs, at_least_fp32, merge_aux
 from model.embed import Embed
 from model.flops import flops_per_token
 from model.generate import generate
@@ -29,11 +29,9 @@ from model.heads import (
     shift_targets,
     shift_weights,
 )
-from model.items import Bracket, Cross, ModuleSpec, Plan, Visit
+from model.items import Bracket, Cross, Plan, Visit
 from model.ops.loss import linear_argmax, linear_cross_entropy
 from model.plan import make_plan
-from model.quant.adapter import Adapter
-from model.registry import make_block, make_quantizer, make_wrap
 from model.run import Around, Pass, States
 from model.schema import Config
 
@@ -85,7 +83,7 @@ class LanguageModel(nn.Module):
         self.plan: Plan = make_plan(config)
         self.embed = Embed(vocab, config.dim, config.embed, rows, config.init_std)
         eps = config.norm_eps
-        self.bank = nn.ModuleDict({name: _build(spec, eps) for name, spec in self.plan.modules.items()})
+        self.bank = nn.ModuleDict({name: build_module(spec, eps) for name, spec in self.plan.modules.items()})
         self.heads = nn.ModuleDict({name: make_head(config.dim, c, eps) for name, c in config.heads.items()})
         self.register_buffer("progress", torch.zeros(()), persistent=False)
         mup = config.optim.mup
@@ -123,15 +121,14 @@ class LanguageModel(nn.Module):
         reference: [B, T] nats of a reference model for each token as a target, for `objective`.
         last:      logits of the last position only, [B, 1, V]; a yoco then skips its cross half elsewhere.
         """
-        table = self.embed.table()
+        table = None if labels is None and self.embed.gathers else self.embed.table()
         x, run = self._trunk(tokens, table, docs, state, last and labels is None)
         out = Output(state=run.out if state is not None else None)
-        unembed = self._unembed(table)
         words = self._words(tokens, table, labels, weights)
         if labels is None:
-            out.hidden, out.logits = self._logits(x, unembed, words, run, last)
+            out.hidden, out.logits = self._logits(x, table, words, run, last)
         else:
-            self._losses(x, unembed, words, norms, run, out, reference)
+            self._losses(x, self._unembed(table), words, norms, run, out, reference)
         out.aux = merge_aux(run.aux)
         if out.loss is not None:
             for value in out.aux.losses.values():
@@ -170,7 +167,7 @@ class LanguageModel(nn.Module):
         return step
 
     def _logits(
-        self, x: Tensor, unembed: Tensor, words: Words, run: Pass, last: bool
+        self, x: Tensor, table: Tensor | None, words: Words, run: Pass, last: bool
     ) -> tuple[Tensor, Tensor]:
         first = self.output_head
         for name in self.heads:
@@ -180,7 +177,13 @@ class LanguageModel(nn.Module):
         assert h is not None
         if last and h.shape[1]:
             x, h = (t[:, -1:] if run.ctx.docs is None else _last_tokens(t, run.ctx.docs) for t in (x, h))
-        return x, nn.functional.linear(h, unembed.to(h.dtype)).float()
+        return x, self._scores(h, table)
+
+    def _scores(self, h: Tensor, table: Tensor | None) -> Tensor:
+        """Logits [..., V] of a head's states [..., D]; table: as for `Embed.logits`, of the input."""
+        if table is None:
+            return self.embed.logits(h * self.logit_scale, None)
+        return self.embed.logits(h, self._unembed(table))
 
     def _losses(
         self,
@@ -306,7 +309,7 @@ class LanguageModel(nn.Module):
         """Prompt [B, T] + new tokens [B, T + n]; options as in `model.generate.generate`."""
         return generate(self, tokens, max_new_tokens, **options)
 
-    def _unembed(self, table: Tensor | None) -> Tensor:
+    def _unembed(self, table: Tensor) -> Tensor:
         """[V, D] whose product with a head's states is the logits."""
         out = self.embed.output_table(table)
         return out if self.logit_scale == 1.0 else out * self.logit_scale
@@ -344,37 +347,6 @@ class LanguageModel(nn.Module):
         for module in self.bank.values():
             if isinstance(module, Residual):
                 module.compile(dynamic=True)
-
-
-def scale_residual_outputs(module: nn.Module, visits: int) -> None:
-    """Divide every residual output projection by sqrt(visits): the stream's variance stays O(1)."""
-    with torch.no_grad():
-        for linear in residual_outputs(module):
-            linear.weight /= visits**0.5
-
-
-def residual_outputs(module: nn.Module) -> list[nn.Linear]:
-    """The Linears that write to the residual stream: those a block marks `residual_out`."""
-    return [m for m in module.modules() if isinstance(m, nn.Linear) and getattr(m, "residual_out", False)]
-
-
-def _build(spec: ModuleSpec, norm_eps: float) -> nn.Module:
-    module: nn.Module
-    if spec.kind == "block":
-        module = Residual(make_block(spec.name, spec.dim, **spec.params), norm_eps)
-    elif spec.kind == "quant":
-        module = make_quantizer(spec.name, spec.dim, **spec.params)
-    elif spec.kind == "wrap":
-        module = make_wrap(spec.name, spec.dim, **spec.params)
-    elif spec.kind == "memory":
-        module = make_memory(spec.dim, **spec.params)
-    elif spec.kind == "adapter":
-        module = Adapter(spec.dim, **spec.params)
-    else:
-        module = Faded(**spec.params)
-    if not isinstance(module, Residual | Bottleneck | Faded | KVMemory):
-        raise TypeError(f"{spec.name} is not a block or a bottleneck")
-    return module.requires_grad_(not spec.frozen)
 
 
 def _count(targets: Tensor, weights: Tensor | None) -> Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import model
+from model.bank import residual_outputs
 from model.blocks._gate import HeadGate
-from model.lm import residual_outputs
 
 HEADS = {"heads": 2}
 BLOCKS = {

@@ -33,7 +33,7 @@ def test_norm_does_not_see_a_branchs_scale() -> None:
 
 
 def test_only_the_last_matrix_writes_to_the_stream() -> None:
-    from model.lm import residual_outputs
+    from model.bank import residual_outputs
 
     mix = model.make_block("mix", 32, of=OF)
     assert residual_outputs(mix) == [mix.o_proj]
