@@ -1,0 +1,123 @@
+"""What the server remembers on disk: a snapshot, and every event since, so that kill -9 loses nothing.
+
+    DIR/snapshot_00000012.safetensors    arrays of the coordinator; its JSON values are the file's metadata
+    DIR/journal_00000012                 events after that snapshot, each forced to the disk before it is
+                                         answered
+
+    event:  length of meta u32 | length of body u64 | meta JSON | body | blake3 16
+
+A restart loads the newest whole snapshot and applies its journal again; a last event that was cut off was
+never answered, so its worker sends it again. Snapshots are written aside, forced to the disk and renamed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import blake3
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from dataset.files import sync_folder, write_bytes
+from train.errors import UserError
+
+HEAD = struct.Struct(">IQ")
+CHECK = 16
+NAME = re.compile(r"snapshot_(\d{8})\.safetensors")
+
+
+class Journal:
+    """The folder of one server; one server at a time. Raises UserError when it is in use."""
+
+    def __init__(self, folder: Path, every: int = 200) -> None:
+        self.folder, self.every = folder, every
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(folder / ".lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another server works here; give another folder with --dir") from None
+        self._file: IO[bytes] | None = None
+        self.events = 0
+        self.number = -1
+
+    def recover(self) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+        """The newest whole snapshot, or None in a new folder. Raises UserError when none is whole."""
+        found = [int(m[1]) for p in self.folder.iterdir() if (m := NAME.fullmatch(p.name))]
+        for number in sorted(found, reverse=True):
+            try:
+                with safe_open(self._snapshot(number), "numpy") as file:
+                    rest = json.loads(file.metadata()["state"])
+                    arrays = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            except (SafetensorError, KeyError, ValueError, OSError):
+                continue
+            self.number = number
+            return rest, arrays
+        if found:
+            raise UserError(f"{self.folder}: none of its {len(found)} snapshots can be read")
+        return None
+
+    def replay(self) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Events after the snapshot; the file is then open, cut behind the last whole one."""
+        path = self._events(self.number)
+        data = path.read_bytes() if path.exists() else b""
+        at = 0
+        while at + HEAD.size <= len(data):
+            meta, body = HEAD.unpack_from(data, at)
+            end = at + HEAD.size + meta + body
+            if data[end : end + CHECK] != blake3.blake3(data[at:end]).digest(CHECK):
+                break
+            split = at + HEAD.size + meta
+            yield json.loads(data[at + HEAD.size : split]), data[split:end]
+            at = end + CHECK
+            self.events += 1
+        self._file = open(path, "ab")  # noqa: SIM115
+        self._file.truncate(at)
+
+    def append(self, meta: dict[str, Any], body: bytes | memoryview = b"") -> None:
+        """Force one event to the disk."""
+        assert self._file is not None
+        text, body = json.dumps(meta).encode(), memoryview(body).cast("B")
+        head = HEAD.pack(len(text), len(body)) + text
+        check = blake3.blake3(head).update(body).digest(CHECK)
+        for piece in (head, body, check):
+            self._file.write(piece)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.events += 1
+
+    def snapshot(self, state: Callable[[], tuple[dict[str, Any], dict[str, np.ndarray]]]) -> None:
+        """Begin a new generation; the one before stays until the next."""
+        rest, arrays = state()
+        arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
+        write_bytes(self._snapshot(self.number + 1), save(arrays, {"state": json.dumps(rest)}))
+        if self._file is not None:
+            self._file.close()
+        self.number, self.events = self.number + 1, 0
+        self._file = open(self._events(self.number), "wb")  # noqa: SIM115
+        sync_folder(self.folder)
+        for old in range(max(0, self.number - 3), self.number - 1):
+            self._snapshot(old).unlink(missing_ok=True)
+            self._events(old).unlink(missing_ok=True)
+
+    def full(self) -> bool:
+        return self.events >= self.every
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._lock.close()
+
+    def _snapshot(self, number: int) -> Path:
+        return self.folder / f"snapshot_{number:08d}.safetensors"
+
+    def _events(self, number: int) -> Path:
+        return self.folder / f"journal_{number:08d}"

@@ -1,0 +1,322 @@
+"""The server of the asynchronous outer loop: `python -m train serve`. One thread a connection, one lock.
+
+It knows no model: the first worker that joins brings the terms, the identity and the first θ, and binds the
+folder to them. Every change is written to the journal before it is made and forced to the disk before it is
+answered, so a server that is killed at any moment goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.errors import UserError
+from train.outer.coordinator import Coordinator, Terms
+from train.outer.frames import Connection, Frame, FrameError
+from train.outer.journal import Journal
+
+LIMIT = 8 << 30  # bytes of the largest frame that an authenticated worker may send
+POLL_S = 5.0  # a worker that waits for work asks again after this long, so that a dead line is noticed
+SKEW_S = 60.0
+
+
+class Server:
+    """listen: (host, port), port 0 for any free one. Raises UserError when port or folder is taken."""
+
+    def __init__(
+        self,
+        folder: Path,
+        secret: bytes,
+        listen: tuple[str, int],
+        say: Callable[[str], None] = print,
+        snapshot_every: int = 200,
+    ) -> None:
+        self.secret, self.say, self.folder = secret, say, folder
+        self.journal = Journal(folder, snapshot_every)
+        self.identity: dict[str, str] = {}
+        self.core: Coordinator | None = None
+        self._changed = threading.Condition()
+        self._open: dict[Connection, str] = {}
+        self.bytes: dict[str, list[int]] = {}
+        self._past = 0.0
+        self._began = time.monotonic()
+        self._stop = threading.Event()
+        self._recover()
+        self._log = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        try:
+            self._sock = socket.create_server(listen, family=_family(listen[0]))
+        except OSError as error:
+            self.journal.close()
+            raise UserError(
+                f"{listen[0]}:{listen[1]}: cannot listen there ({error.strerror}); give another --listen, or "
+                f"stop what uses the port"
+            ) from None
+        self.address: tuple[str, int] = self._sock.getsockname()[:2]
+
+    # ------------------------------------------------------------------------- life
+
+    def _recover(self) -> None:
+        found = self.journal.recover()
+        if found is None:
+            return
+        rest, arrays = found
+        self.identity, self._past = rest["identity"], rest["now"]
+        self.core = Coordinator.restore(rest["core"], arrays)
+        count = 0
+        for event, body in self.journal.replay():
+            self._past = max(self._past, event["now"])
+            self._apply(event, body)
+            count += 1
+        for w in self.core.workers.values():
+            w.heard = self.now()
+        self.say(f"{self.folder}: version {self.core.version}, {count} events after the last snapshot")
+
+    def now(self) -> float:
+        """Seconds that this run has been served, over restarts; no clock of any other machine counts."""
+        return self._past + time.monotonic() - self._began
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        ticker = threading.Thread(target=self._tick, daemon=True)
+        ticker.start()
+        self._sock.settimeout(0.2)
+        while not self._stop.is_set():
+            try:
+                sock, peer = self._sock.accept()
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+            threading.Thread(target=self._serve, args=(sock, peer), daemon=True).start()
+        ticker.join()
+        with self._changed:
+            for connection in list(self._open):
+                _shut(connection)
+            if self.core is not None:
+                self.journal.snapshot(self._state)
+            self.journal.close()
+            self._log.close()
+        self._sock.close()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _tick(self) -> None:
+        while not self._stop.wait(0.05):
+            with self._changed:
+                core, now = self.core, self.now()
+                if core is None:
+                    continue
+                due = core.due()
+                if due is not None and now >= due:
+                    self._event("close")
+                for name in core.silent(now):
+                    self._event("gone", worker=name)
+                    self.say(f"{name}: silent for more than {core.terms.heartbeat:g} s")
+                    for connection in [c for c, n in self._open.items() if n == name]:
+                        _shut(connection)
+
+    # ------------------------------------------------------------------------- connections
+
+    def _serve(self, sock: socket.socket, peer: Any) -> None:
+        sock.settimeout(10)
+        connection = Connection(sock)
+        sent = received = 0
+        try:
+            connection.accept(self.secret, LIMIT)
+            sock.settimeout(None)
+            while not self._stop.is_set():
+                frame = connection.receive()
+                name = str(frame.meta.get("worker", ""))
+                with self._changed:
+                    self._open[connection] = name
+                answer = self._answer(frame)
+                connection.send(answer)
+                with self._changed:
+                    total = self.bytes.setdefault(name, [0, 0]) if name else [0, 0]
+                    total[0] += connection.received - received
+                    total[1] += connection.sent - sent
+                    sent, received = connection.sent, connection.received
+        except FrameError as error:
+            self.say(f"{peer[0]}:{peer[1]}: {error}; closed")
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, KeyError | TypeError | ValueError):
+                self.say(f"{peer[0]}:{peer[1]}: a request that makes no sense ({error!r}); closed")
+        finally:
+            with self._changed:
+                self._open.pop(connection, None)
+            connection.close()
+
+    def _answer(self, frame: Frame) -> Frame:
+        handlers = {"join": self._join, "wait": self._wait, "push": self._push, "beat": self._beat}
+        if frame.kind == "status":
+            with self._changed:
+                return Frame("status", self.status())
+        if frame.kind not in handlers:
+            return Frame("refuse", {"why": f"no request of kind {frame.kind!r}"})
+        with self._changed:
+            if frame.kind != "join":
+                if self.core is None or frame.meta["worker"] not in self.core.workers:
+                    return Frame("refuse", {"why": "this server does not know the worker; it must join"})
+                self._heard(frame.meta["worker"], frame.meta.get("report"))
+            return handlers[frame.kind](frame)
+
+    def _heard(self, name: str, report: dict[str, Any] | None) -> None:
+        assert self.core is not None
+        w = self.core.workers[name]
+        if w.state == "gone":
+            self._event("back", worker=name)
+        w.heard = self.now()
+        if report:
+            w.report = report
+
+    def _join(self, frame: Frame) -> Frame:
+        meta = frame.meta
+        terms = Terms(**meta["terms"])
+        if self.core is None:
+            if not len(frame.body):
+                return Frame("wait", {"need": "theta"})
+            theta = np.frombuffer(frame.body, "float32").copy()
+            if theta.shape != (terms.n,) or not np.isfinite(theta).all():
+                return Frame("refuse", {"why": f"first θ: {theta.size} values, want {terms.n}, finite"})
+            self.core, self.identity = Coordinator(terms, theta), dict(meta["identity"])
+            self.journal.snapshot(self._state)
+        mine, theirs = {**asdict(self.core.terms), **self.identity}, {**asdict(terms), **meta["identity"]}
+        differ = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+        if differ:
+            listed = "; ".join(f"{k}: {mine.get(k)} here, {theirs.get(k)} there" for k in differ)
+            return Frame("refuse", {"why": f"{meta['worker']} is of another run: {listed}"})
+        skew = float(meta.get("time", time.time())) - time.time()
+        if abs(skew) > SKEW_S:
+            self.say(f"{meta['worker']}: its clock is {skew:+.0f} s off; harmless here, but not in its logs")
+        name, lease = meta["worker"], self.core.lease_of(meta["worker"])
+        if lease is not None and lease.id == meta.get("lease"):
+            self._heard(name, None)
+            return Frame("ack", {"resumed": True})
+        self._event("join", worker=name)
+        return Frame("ack", {"resumed": False})
+
+    def _wait(self, frame: Frame) -> Frame:
+        core, name = self.core, frame.meta["worker"]
+        assert core is not None
+        end = time.monotonic() + min(POLL_S, core.terms.heartbeat / 2)
+        while core.lease_of(name) is None and not core.done and time.monotonic() < end:
+            self._changed.wait(end - time.monotonic())
+        lease = core.lease_of(name)
+        if lease is None and not core.done:
+            return Frame("wait")
+        if lease is not None and lease.base != core.version:
+            self._event("join", worker=name)  # θ has moved since the lease was given: a new one from here
+            return Frame("wait")
+        fields: dict[str, Any] = {"lease": asdict(lease) if lease else None}
+        fields |= {"done": core.done, "version": core.version}
+        fields["hash"] = f"{core.fingerprint():016x}"
+        return Frame("lease", fields, core.theta.tobytes())
+
+    def _push(self, frame: Frame) -> Frame:
+        core, meta = self.core, frame.meta
+        assert core is not None
+        want = core.codec.size(core.terms.n)
+        if len(frame.body) != want:
+            return Frame("refuse", {"why": f"a push of {len(frame.body)} bytes, want {want}"})
+        w = core.workers[meta["worker"]]
+        lease = core.lease_of(meta["worker"])
+        if w.ended == meta["lease"]:
+            return Frame("ack", {"verdict": w.verdict, "again": True})
+        base = lease.base if lease else -1
+        fields = {"worker": meta["worker"], "lease": int(meta["lease"]), "seconds": float(meta["seconds"])}
+        stale = core.version - base if lease else None
+        verdict = self._event("push", frame.body, **fields)
+        self.record("push", **fields, verdict=verdict, stale=stale, bytes=want, **(meta.get("report") or {}))
+        if verdict != "applied":
+            self.say(f"{meta['worker']}: push of lease {meta['lease']} {verdict}")
+        return Frame("ack", {"verdict": verdict})
+
+    def _beat(self, frame: Frame) -> Frame:
+        return Frame("ack")
+
+    # ------------------------------------------------------------------------- changes
+
+    def _event(self, kind: str, body: bytes | bytearray | memoryview = b"", **fields: Any) -> str:
+        """Write one change down, then make it. The lock is held."""
+        event = {"kind": kind, "now": self.now(), **fields}
+        self.journal.append(event, memoryview(body))
+        verdict = self._apply(event, body)
+        if self.journal.full():
+            self.journal.snapshot(self._state)
+        if kind != "push":
+            self.record(kind, **fields)
+        self._changed.notify_all()
+        return verdict
+
+    def _apply(self, event: dict[str, Any], body: bytes | bytearray | memoryview) -> str:
+        core, now = self.core, event["now"]
+        assert core is not None
+        if event["kind"] == "push":
+            code = np.frombuffer(body, np.uint8)
+            return core.push(event["worker"], event["lease"], event["seconds"], code, now)
+        if event["kind"] == "close":
+            core.close(now)
+        else:
+            {"join": core.join, "gone": core.gone, "back": core.back}[event["kind"]](event["worker"], now)
+        return ""
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        assert self.core is not None
+        rest, arrays = self.core.state()
+        return {"core": rest, "identity": self.identity, "now": self.now()}, arrays
+
+    # ------------------------------------------------------------------------- watching
+
+    def record(self, kind: str, **fields: Any) -> None:
+        """One line of DIR/metrics.jsonl."""
+        version = self.core.version if self.core else 0
+        with contextlib.suppress(ValueError):  # closed: a last request of a server that stops
+            line = {"kind": kind, "version": version, **fields, "time": round(time.time(), 3)}
+            self._log.write(json.dumps(line) + "\n")
+            self._log.flush()
+
+    def status(self) -> dict[str, Any]:
+        """What `python -m train status HOST:PORT` shows."""
+        core, now = self.core, self.now()
+        if core is None:
+            return {"version": None, "workers": [], "shards": [], "total": 0, "done": False, "rejected": 0}
+        rows = []
+        for name, w in core.workers.items():
+            up, down = self.bytes.get(name, [0, 0])
+            lease = w.lease
+            rows.append(
+                {
+                    "worker": name,
+                    "state": w.state,
+                    "shard": lease.shard if lease else None,
+                    "base": lease.base if lease else None,
+                    "stale": core.version - lease.base if lease else None,
+                    "steps": w.steps,
+                    "verdicts": w.counts,
+                    "bytes_up": up,
+                    "bytes_down": down,
+                    "heard_s": round(now - w.heard, 1),
+                    **{k: w.report.get(k) for k in ("loss", "tokens_per_s")},
+                }
+            )
+        fields = {"version": core.version, "shards": core.visited, "total": core.terms.total}
+        return {**fields, "workers": rows, "done": core.done, "rejected": core.rejected}
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def _shut(connection: Connection) -> None:
+    with contextlib.suppress(OSError):
+        connection.sock.shutdown(socket.SHUT_RDWR)
