@@ -218,6 +218,8 @@ def write(
 ) -> Dataset:
     """A dataset of one or several tasks in turn: one sample a document, loss on answers and its end.
 
+    Train on it with `run.packing: best_fit`: a question apart from its context has no answer.
+
     Raises DatasetError when `out` holds something else; made again with the same options, it is left alone.
     """
     tasks = [parse(spec) for spec in specs]

@@ -29,12 +29,16 @@ TITLES = {"bits_per_byte": "bits/byte", "prefill_ms": "prefill ms"}
 
 @dataclass(frozen=True)
 class Found:
-    """The runs of one dataset. cases: {case: its line}, in the sweep's order; runs: {case: {seed: line}}."""
+    """The runs that are compared with each other. data: what they were trained on. cases: {case: its line}, in the sweep's order; runs: {case: {seed: line}}."""
 
-    data: str
+    data: list[str]
     base: str
     cases: dict[str, Line]
     runs: dict[str, dict[int, Line]]
+
+    @property
+    def name(self) -> str:
+        return "-".join(self.data)
 
     def values(self, case: str, metric: str) -> dict[int, float]:
         """{seed: value} of the runs that have it."""
@@ -54,7 +58,8 @@ class Found:
 def write(sweep: Sweep, out: Path) -> Path:
     """Make the pages in `out`; returns the HTML page. Raises UserError when there is nothing to report."""
     lines = read(file_of(sweep))
-    groups = [g for data in sweep.spec.data if (g := group(sweep, lines, data)).runs]
+    names = [[data] for data in sweep.spec.data] if sweep.apart else [list(sweep.spec.data)]
+    groups = [g for data in names if (g := group(sweep, lines, data)).runs]
     if not groups:
         raise UserError(f"{file_of(sweep)}: no runs yet; first  python -m experiments run {sweep.path}")
     out.mkdir(parents=True, exist_ok=True)
@@ -68,9 +73,9 @@ def write(sweep: Sweep, out: Path) -> Path:
     return out / f"{stem}.html"
 
 
-def group(sweep: Sweep, lines: Iterable[Line], data: str) -> Found:
-    """What was found on one dataset; cases without runs are left out."""
-    mine = [line for line in lines if line["data"] == data]
+def group(sweep: Sweep, lines: Iterable[Line], data: Sequence[str]) -> Found:
+    """What was found on some datasets; cases without runs are left out."""
+    mine = [line for line in lines if line["data"] in data]
     known = {line["case"]: line for line in mine if line["kind"] == "case"}
     runs: dict[str, dict[int, Line]] = {}
     for line in mine:
@@ -78,7 +83,9 @@ def group(sweep: Sweep, lines: Iterable[Line], data: str) -> Found:
             runs.setdefault(line["case"], {})[line["seed"]] = line
     order = [c for c in sweep.cases if c in runs and c in known]
     base = sweep.base if sweep.base in order else (order[0] if order else "")
-    return Found(data, base, {c: known[c] for c in order}, {c: dict(sorted(runs[c].items())) for c in order})
+    return Found(
+        list(data), base, {c: known[c] for c in order}, {c: dict(sorted(runs[c].items())) for c in order}
+    )
 
 
 def preface(sweep: Sweep, groups: Sequence[Found]) -> list[str]:
@@ -103,9 +110,9 @@ def shown(sweep: Sweep) -> str:
 def section(sweep: Sweep, g: Found, out: Path, stem: str) -> list[str]:
     """Tables and plots of one dataset."""
     every = g.metrics()
-    tasks = [t.partition(":")[0] for t in sweep.spec.data[g.data].tasks]
+    tasks = list(dict.fromkeys(t.partition(":")[0] for d in g.data for t in sweep.spec.data[d].tasks))
     main = [m for m in ["bits_per_byte", *tasks, "prefill_ms"] if m in every]
-    lines = [f"## {g.data}", "", *score_table(sweep, g, main), "", *cost_table(g), ""]
+    lines = [f"## {g.name}", "", *score_table(sweep, g, main), "", *cost_table(g), ""]
     for task in tasks:
         lines += detail_table(g, [m for m in every if m.startswith(f"{task} ")], task)
     lines += detail_table(
@@ -127,7 +134,7 @@ def section(sweep: Sweep, g: Found, out: Path, stem: str) -> list[str]:
             plots.pareto(g, measure, lower(measure)),
         ),
     ):
-        file = f"{stem}-{g.data}-{name}.png"
+        file = f"{stem}-{g.name}-{name}.png"
         figure.savefig(out / file, dpi=110, metadata={"Software": None})
         lines += [f"![{caption}]({file})", "", f"{caption}.", ""]
     return lines

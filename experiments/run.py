@@ -157,6 +157,9 @@ def tokens_of(sweep: Sweep, run: Run, data: Dataset, flops: float, root: Path) -
     budget, r = sweep.spec.budget, run.config.run
     if budget.tokens is not None:
         tokens = budget.tokens
+    elif budget.bytes is not None:
+        split = data.splits["train"]
+        tokens = budget.bytes * split.tokens / split.text_bytes
     elif budget.flops is not None:
         tokens = budget.flops / flops
     else:
@@ -254,5 +257,5 @@ def shape_cells(sweep: Sweep, run: Run) -> list[str]:
         f"{shape.parameters()['total']:,}",
         f"{flops / 1e6:.1f}",
         f"{shape.state_bytes(run.config.run.context) / 1024:,.0f}",
-        f"{tokens:,.0f}" if tokens else f"{budget.seconds:.0f} s",
+        f"{tokens:,.0f}" if tokens else ", ".join(f"{v:,.0f} {k}" for k, v in vars(budget).items() if v),
     ]

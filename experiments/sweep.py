@@ -12,7 +12,7 @@
     grid: {optim.lr: [1e-3, 3e-3]}     # times every case
     base: gla                          # others are paired against it; default: the first case
     seeds: 3
-    budget: {tokens: 1e6}              # or {flops: 1e13}, or {seconds: 60}
+    budget: {tokens: 1e6}              # or {bytes: 4e6}, {flops: 1e13}, {seconds: 60}
 
 What a run is follows from what is written: the architecture's file with everything that it extends, the
 patches, the data, the budget and the seed. Its folder is the digest of that, so a run is found again whatever
@@ -61,10 +61,11 @@ class CaseSpec:
 
 @dataclass(frozen=True)
 class BudgetSpec:
-    """Of one run: training tokens, training FLOPs, or seconds of training at the speed that a few steps on
-    this machine show. Exactly one of them."""
+    """Of one run, exactly one of: training tokens, bytes of text (for datasets of unlike tokenizers), training
+    FLOPs, or seconds of training at the speed that a few steps on this machine show."""
 
     tokens: float | None = None
+    bytes: float | None = None
     flops: float | None = None
     seconds: float | None = None
 
@@ -125,6 +126,12 @@ class Sweep:
     def base(self) -> str:
         return self.spec.base or next(iter(self.cases))
 
+    @property
+    def apart(self) -> bool:
+        """Whether datasets are questions of their own; not when every case has just one, which is a part
+        of what the case is (as bytes against BPE)."""
+        return any(len(case.on or self.spec.data) > 1 for case in self.cases.values())
+
     def identity(self, run: Run) -> dict[str, Any]:
         """What makes a run what it is, besides the seed."""
         data, budget = self.spec.data[run.data], self.spec.budget
@@ -182,7 +189,7 @@ def mistakes(spec: SweepSpec, cases: Mapping[str, CaseSpec]):
         yield f"base: no case {spec.base!r}; there are {', '.join(cases)}"
     budget = [k for k, v in vars(spec.budget).items() if v is not None]
     if len(budget) != 1 or getattr(spec.budget, budget[0]) <= 0:
-        yield "budget: want exactly one of tokens, flops and seconds, above 0"
+        yield "budget: want exactly one of tokens, bytes, flops and seconds, above 0"
     if spec.seeds < 1 or spec.samples < 1 or spec.prefill < 0 or spec.eval_tokens < 1:
         yield "seeds, samples and eval_tokens: want at least 1; prefill at least 0"
     for name, case in cases.items():

@@ -12,7 +12,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,13 @@ import model
 from dataset.files import DatasetError
 from dataset.tasks import parse
 from dataset.views import View
+from model.heads import shift_weights
 from model.lm import LanguageModel
 from model.schema import Config, ConfigError
 from model.text import Text, tokenizer_of
 from train import checkpoint, rundir
 from train.errors import EXIT_USER, UserError
-from train.feed import cut
+from train.feed import Micro, cut
 from train.harness import RunScorer
 from train.heldout import GROUP_TOKENS, target_bytes
 from train.metrics import plain
@@ -46,23 +46,29 @@ STRETCH = 4  # the loss by position is measured up to this multiple of the train
 
 
 def score(lm: LanguageModel, view: View, config: Config, tokens: int) -> dict[str, Any]:
-    """{head: {"nats", "bits_per_byte", "top1", "targets"}} over the first `tokens` held-out tokens."""
+    """{head: {"nats", "bits_per_byte", "top1", "targets"}} over the first `tokens` held-out tokens.
+
+    Where a dataset asks for loss on a part of its tokens, losses are of that part; there is no top1 then.
+    """
+    masked = False
     rows = max(1, min(view.rows, tokens // view.context))
     size = max(1, min(rows, GROUP_TOKENS // view.context))
     sums = {head: [0.0, 0, 0, 0, 0] for head in lm.readouts}  # nats, targets, hits, tries, bytes
     for g in range(rows // size):
-        micro = replace(cut(view.batch(g, size), size)[0], weights=None)  # the whole text counts
+        micro = cut(view.batch(g, size), size)[0]
+        masked = masked or micro.weights is not None
         with torch.no_grad(), autocast(torch.device("cpu"), config.run.precision):
             nats, hits = lm.nll(micro.tokens, micro.docs), lm.top1(micro.tokens, micro.docs)
         for head, readout in lm.readouts.items():
-            found = nats[head][~nats[head].isnan()]
+            found = counted(nats[head], micro, readout.shift)
+            found = found[~found.isnan()]
             new = (found.sum().item(), len(found), *hits[head], target_bytes(micro, readout.shift, view))
             sums[head] = [a + b for a, b in zip(sums[head], new)]
     return {
         head: {
             "nats": nats / targets if targets else math.nan,
             "bits_per_byte": nats / math.log(2) / size_ if size_ else math.nan,
-            "top1": found / tries if tries else math.nan,
+            "top1": found / tries if tries and not masked else math.nan,
             "targets": int(targets),
         }
         for head, (nats, targets, found, tries, size_) in sums.items()
@@ -83,7 +89,7 @@ def by_position(lm: LanguageModel, view: View, config: Config, tokens: int) -> l
             nats = lm.nll(micro.tokens, micro.docs)
         place = torch.bucketize(micro.docs.positions, bounds, right=True) - 1
         for head in sums:
-            _add(sums[head], nats[head], place)
+            _add(sums[head], counted(nats[head], micro, lm.readouts[head].shift), place)
     out = []
     for i, (first, last) in enumerate(edges):
         counts = {head: int(s[i, 1]) for head, s in sums.items()}
@@ -95,6 +101,13 @@ def by_position(lm: LanguageModel, view: View, config: Config, tokens: int) -> l
             {"first": first, "last": last, "beyond": beyond, "targets": max(counts.values()), "nats": nats_of}
         )
     return out
+
+
+def counted(nats: Tensor, micro: Micro, shift: int) -> Tensor:
+    """nats [B, T] with nan where the target has no weight in the loss (padding, what is only read)."""
+    if micro.weights is None:
+        return nats
+    return nats.masked_fill(shift_weights(micro.weights, shift) == 0, math.nan)
 
 
 def ranges(context: int) -> list[tuple[int, int]]:
@@ -134,7 +147,10 @@ def evaluate(
     config, lm = source.config, model.load(source.path)
     step = checkpoint.verify(source.path)
     context = config.run.context
-    long = data.view(context * STRETCH, seed=0, split="heldout")
+    packing = config.run.packing
+    rows, long = (
+        data.view(length, seed=0, split="heldout", packing=packing) for length in (context, context * STRETCH)
+    )
     scored = {}
     if tasks:
         text = Text(tokenizer_of(run))
@@ -146,7 +162,7 @@ def evaluate(
         "step": step,
         "data": {"path": str(data.path), "id": data.id},
         "context": context,
-        "heads": score(lm, data.view(context, seed=0, split="heldout"), config, tokens),
+        "heads": score(lm, rows, config, tokens),
         "positions": by_position(lm, long, config, tokens),
         "tasks": scored,
     }
@@ -157,7 +173,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     for title in ("head", "nats/token", "bits/byte", "first choice", "targets"):
         heads.add_column(title, justify="left" if title == "head" else "right")
     for head, r in result["heads"].items():
-        values = (f"{r['nats']:.4f}", f"{r['bits_per_byte']:.4f}", f"{r['top1']:.1%}", f"{r['targets']:,}")
+        top1 = "" if math.isnan(r["top1"]) else f"{r['top1']:.1%}"
+        values = (f"{r['nats']:.4f}", f"{r['bits_per_byte']:.4f}", top1, f"{r['targets']:,}")
         heads.add_row(head, *values)
     console.print(heads)
     places = Table(title=f"nats by place in the document (trained on rows of {result['context']})")

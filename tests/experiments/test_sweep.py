@@ -94,7 +94,7 @@ def test_runs_are_found_again_by_what_they_are(sweep) -> None:
 MISTAKES = {
     "unknown key": (("seeds: 2", "seed: 2"), "sweep.yaml:13:1 : unknown key 'seed'; did you mean 'seeds'?"),
     "unknown block": (("dim: 24", "stack: [glaa]"), "did you mean 'gla'"),
-    "two budgets": (("tokens: 256", "tokens: 256, seconds: 3"), "exactly one of tokens, flops and seconds"),
+    "two budgets": (("tokens: 256", "tokens: 256, seconds: 3"), "exactly one of tokens, bytes, flops and seconds"),
     "unknown base": (("seeds: 2", "base: broad"), "no case 'broad'"),
     "unknown task": (("mqar:pairs=4/8", "mqar:pair=4"), "no option 'pair'"),
     "unknown measure": (("measure: mqar", "measure: copy"), "'copy' is neither"),
