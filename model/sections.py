@@ -38,6 +38,7 @@ class RunConfig:
     eval_every, save_every: steps; 0: only at the end.
     eval_tokens: held-out tokens per evaluation.
     keep:      checkpoints kept besides the last one of each stage.
+    packing:   concat: documents joined and cut; best_fit: none that fits is split; documents: one a row.
     batch_warmup: start with a smaller batch; None: `batch` from the first step on.
     ema:       decay of a moving average of the weights, evaluated and saved beside them; 0: none.
     spike_sigma: skip a step whose loss or gradient norm is more than so many standard deviations above
@@ -62,6 +63,7 @@ class RunConfig:
     save_every: int = 200
     log_every: int = 10
     keep: int = 2
+    packing: Literal["concat", "best_fit", "documents"] = "concat"
     batch_warmup: BatchWarmup | None = None
     ema: float = 0.0
     spike_sigma: float = 0.0
@@ -139,9 +141,13 @@ class RhoConfig:
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """Which tokens of a batch are trained on; evaluation always counts all."""
+    """Which tokens of a batch are trained on; evaluation always counts all.
+
+    weights: sidecar of the dataset whose values multiply the loss of each token.
+    """
 
     rho: RhoConfig | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,14 @@ from model import grow
 from model.config import arch_digest
 from model.lm import LanguageModel
 from model.schema import Config
-from train import checkpoint, optim, outer, rundir
+from train import activations, checkpoint, optim, outer, rundir
+from train.ema import Ema
+from train.errors import UserError
+from train.guard import Guard
+from train.nowcast import Nowcast
+from train.objective import Objective
 from train.optim import mup
+from train.optim.release import Release
 from train.plateau import Plateau
 from train.rundir import Source
 from train.schedule import Schedule
@@ -28,22 +34,27 @@ def assemble(stage: Stage, world: World) -> tuple[TrainState, grow.Growth | None
     saved = checkpoint.newest(stage.folder)[0] if stage.begun else None
     loaded = checkpoint.load(saved) if saved is not None else None
     lm = model.build(config, vocab=stage.data.vocab, rows=stage.data.tokenizer.rows)
-    growth, scales, origin = None, {}, 0
-    if loaded is None and stage.source is not None:
+    growth, origin, number = None, 0, 1
+    width, decay = mup.scales(lm, config)
+    rates = dict(width)
+    if loaded is not None:
+        about = rundir.about_of(stage.folder)["origin"]
+        rates, number = about.get("lr_scales", {}), about.get("stage", 1)
+    elif stage.source is not None:
         growth = take_weights(lm, stage.source)
-        scales = head_scales(config, growth)
+        rates |= {n: f * width.get(n, 1.0) for n, f in head_scales(config, growth).items()}
         origin = tokens_behind(stage.source)
-    elif loaded is not None:
-        scales = rundir.about_of(stage.folder)["origin"].get("lr_scales", {})
+        number = stage.source.about.get("origin", {}).get("stage", 1) + (growth is not None)
     lm.to(world.device)
+    noise = activations.install(lm, config.activations, world.device)
     if config.run.compile:
         lm.compile_blocks()
     if config.optim.kahan:
         optim.narrow(lm)
-    width, decay = mup.scales(lm, config)
+    objective = Objective(config)
+    lm.objective = None if objective.plain else objective
     forward = parallel(lm, config.run, world)  # the optimizer must get the parameters as they are cut here
     assert config.run.steps is not None  # settled
-    rates = {n: scales.get(n, 1.0) * width.get(n, 1.0) for n in scales.keys() | width.keys()}
     optimizer = optim.build(lm, config.optim, lm.no_decay(), rates, decay)
     trainable = sum(p.numel() for p in optim.parameters(optimizer))
     state = TrainState(
@@ -51,13 +62,39 @@ def assemble(stage: Stage, world: World) -> tuple[TrainState, grow.Growth | None
         forward,
         optimizer,
         Schedule(config.schedule, config.run.steps),
-        Plateau.of(config.grow, trainable),
+        Plateau.of(config.grow, trainable, number),
         outer.make(config.outer),
+        Guard(config.run),
+        Ema(lm, config.run.ema),
+        None if objective.plain else objective,
+        Release(optimizer) if config.optim.release else None,
+        Nowcast(config.nowcast, lm, world.device) if config.nowcast.every else None,
+        noise,
         origin=origin,
     )
     if loaded is not None:
         state.load(loaded)
+    if stage.decay_now:
+        decay_now(stage, state)
     return state, growth
+
+
+def decay_now(stage: Stage, state: TrainState) -> None:
+    """`--decay-now`: the decay begins where the run stands, or where the source's checkpoint stands.
+
+    Of a source everything is taken over: weights, moments and the place in the data. Raises UserError.
+    """
+    if stage.source is not None:
+        loaded = checkpoint.load(stage.source.path)
+        state.load(loaded)
+    fresh, where = Schedule(stage.config.schedule, stage.config.run.steps or 1), state.step
+    if where >= state.schedule.decay_at or where >= fresh.total:
+        raise UserError(
+            f"--decay-now: the checkpoint stands at step {where}, and the decay began at step "
+            f"{state.schedule.decay_at} of {state.schedule.total}; take an earlier checkpoint"
+        )
+    state.schedule.planned = fresh.planned
+    state.schedule.start_decay(where)
 
 
 def take_weights(lm: LanguageModel, source: Source) -> grow.Growth | None:

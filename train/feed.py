@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from dataset.loader import Batch, Loader
-from dataset.views import View
+from dataset.views import Samples, View
 from model.core import Docs
 from model.schema import ConfigError
 from model.sections import RunConfig
+from train.batches import BatchPlan, Staged
 from train.world import World
 
 MICRO_TOKENS = 8192  # tokens of a micro batch when run.micro does not say
@@ -22,12 +23,14 @@ MICRO_TOKENS = 8192  # tokens of a micro batch when run.micro does not say
 
 @dataclass(frozen=True)
 class Micro:
-    """tokens [B, T] int64; labels are the same, unshifted; weights [B, T] fp32 or None; docs of its rows."""
+    """tokens [B, T] int64; labels are the same, unshifted; weights [B, T] fp32 or None; docs of its rows;
+    reference [B, T] fp32: nats of a reference model for each token, or None."""
 
     tokens: Tensor
     labels: Tensor
     docs: Docs
     weights: Tensor | None = None
+    reference: Tensor | None = None
 
 
 def cut(batch: Batch, rows: int) -> list[Micro]:
@@ -38,10 +41,22 @@ def cut(batch: Batch, rows: int) -> list[Micro]:
     for first in range(0, b, rows):
         last = min(first + rows, b)
         inside = cu[(cu >= first * T) & (cu <= last * T)] - first * T
+        docs = Docs.packed(inside, last - first)
+        if batch.lengths is not None:
+            docs = padded(docs, batch.lengths[first:last])
         tokens = batch.tokens[first:last]
-        weights = None if batch.weights is None else batch.weights[first:last]
-        micros.append(Micro(tokens, tokens, Docs.packed(inside, last - first), weights))
+        weights, reference = (None if x is None else x[first:last] for x in (batch.weights, batch.sidecar))
+        micros.append(Micro(tokens, tokens, docs, weights, reference))
     return micros
+
+
+def padded(docs: Docs, lengths: Tensor) -> Docs:
+    """The same rows, of which only the first `lengths` [B] tokens are any."""
+    T = docs.segments.shape[1]
+    keep = torch.arange(T, device=lengths.device) < lengths[:, None]
+    if bool(keep.all()):
+        return docs
+    return Docs.from_segments(torch.where(keep, docs.segments, -1), docs.positions * keep)
 
 
 def micro_rows(run: RunConfig, world: World) -> int:
@@ -49,8 +64,9 @@ def micro_rows(run: RunConfig, world: World) -> int:
 
     Raises ConfigError when the global batch does not divide among the ranks.
     """
-    if run.batch % world.size:
-        raise ConfigError([f"run.batch: {run.batch} sequences do not divide among {world.size} ranks"])
+    for size in sorted(BatchPlan(run).sizes):
+        if size % world.size:
+            raise ConfigError([f"run.batch: {size} sequences do not divide among {world.size} ranks"])
     mine = run.batch // world.size
     if run.micro:
         return min(run.micro, mine)
@@ -62,9 +78,12 @@ class Feed:
     """This rank's micro batches, read ahead by a thread; the step is the only state."""
 
     def __init__(self, view: View, run: RunConfig, world: World, ahead: int = 2) -> None:
-        self.view = view
+        self.view: Samples = view
+        plan = BatchPlan(run)
+        if len(plan.stages) > 1:
+            self.view = Staged(view, plan)
         self.rows = micro_rows(run, world)
-        self._loader = Loader(view, run.batch, world.rank, world.size, ahead=ahead, device=world.device)
+        self._loader = Loader(self.view, run.batch, world.rank, world.size, ahead=ahead, device=world.device)
 
     def micros(self, step: int) -> list[Micro]:
         """The micro batches of an optimizer step. Steps are usually asked for in order."""

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from dataset.tokenizers import Tokenizer
 from dataset.views import View
 from model.config import dumps
 from model.schema import Config
-from train import checkpoint, optim
+from train import checkpoint, optim, replay
+from train.feed import Micro
+from train.guard import NOT_FINITE
 from train.heldout import Scores, evaluate
 from train.meter import StepResult
 from train.metrics import Log
+from train.sampling import sample
+from train.sites import site_stats
 from train.state import TrainState
+from train.tracing import Tracer
 from train.world import World
 
 
@@ -56,17 +64,27 @@ class RunHooks:
         world: World,
         signals: Signals,
         peak: float,
+        tokenizer: Tokenizer | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
+        """tokenizer: for sample text while training, or None. tracer: of --profile."""
         self.run, self.config, self.heldout, self.log = run, config, heldout, log
         self.world, self.signals, self.peak = world, signals, peak
+        self.tokenizer, self.tracer = tokenizer, tracer
         self._text = dumps(config)
         self._flops: float | None = None
+        self._gate: View | None = None
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         state.meter.add(result)
-        if not result.applied:
-            self.log.write("event", state.step, event="skip", loss=result.loss, grad_norm=result.grad_norm)
-            self.log.say(f"step {state.step}: not finite (loss {result.loss}), skipped")
+        if self.tracer is not None:
+            self.tracer.step()
+        if state.nowcast is not None and state.nowcast.news is not None:
+            self.log.write("event", state.step, event="nowcast", **state.nowcast.news)
+            state.nowcast.news = None
+        if self.heldout is not None and due(state.step, self.config.run.stats_every):
+            found = site_stats(state.model, self.heldout, self.config, self.world)
+            self.log.write("sites", state.step, **found)
         if state.step % self.config.run.log_every and state.step < state.schedule.total:
             return
         means = state.meter.read()
@@ -77,6 +95,26 @@ class RunHooks:
         self.log.write("train", state.step, **where, **means)
         self.log.progress(state.step, state.schedule.total, train_line(means, result.lr, state))
 
+    def refused(self, state: TrainState, micros: Sequence[Micro], result: StepResult) -> None:
+        """Record a step that was not taken; the first of a row that is not finite is kept for replay."""
+        fields = {"reason": result.refused, "loss": result.loss, "grad_norm": result.grad_norm}
+        self.log.write("event", state.step, event="skip", **fields)
+        why = "not finite" if result.refused == NOT_FINITE else f"{result.refused} far above those before"
+        self.log.say(f"step {state.step}: {why} (loss {result.loss}, |g| {result.grad_norm}), skipped")
+        if result.refused == NOT_FINITE and state.skipped_in_a_row == 1:
+            where = replay.keep(self.run, state, micros, result, self._text, self.world)
+            self.log.say(f"its batch and state are kept: python train/pretrain.py --replay {where}")
+
+    def score(self, state: TrainState, tokens: int) -> float:
+        """Held-out loss of the model as it is, in another order of rows than `evaluate` has."""
+        assert self.heldout is not None  # settled
+        if self._gate is None:
+            run = self.config.run
+            self._gate = self.heldout.dataset.view(run.context, seed=1, split="heldout")
+        return evaluate(
+            state.model, self._gate, replace(self.config.run, eval_tokens=tokens), self.world
+        ).loss
+
     def evaluate(self, state: TrainState) -> None:
         if self.heldout is None:
             return
@@ -85,8 +123,15 @@ class RunHooks:
             scores = evaluate(state.model, self.heldout, self.config.run, self.world)
         fields: dict[str, Any] = {"tokens": state.tokens, "origin": state.origin, "loss": scores.loss}
         fields |= {"losses": scores.losses, "bpb": scores.bpb, "stats": scores.stats}
+        if self.config.run.ema:
+            with state.ema.applied():
+                mean = evaluate(state.model, self.heldout, self.config.run, self.world)
+            fields["ema"] = {"loss": mean.loss, "losses": mean.losses, "bpb": mean.bpb}
         self.log.write("eval", state.step, **fields)
         self.log.say(f"held-out  step {state.step}: {eval_line(scores)}")
+        if self.config.run.sample and self.tokenizer is not None and state.step < state.schedule.total:
+            new = self.config.run.sample
+            sample(state, self.config, self.heldout, self.tokenizer, self.log, self.world, new)
         if self.config.grow.when == "plateau":
             self._plateau(state, scores)
 
@@ -94,7 +139,8 @@ class RunHooks:
         """The rule needs a constant learning rate and a model whose new parts count fully."""
         if not state.schedule.stable(state.step) or state.step < state.model.fades_done_at:
             return
-        verdict = state.plateau.update(scores.groups, state.tokens)
+        flops = state.tokens * state.model.flops_per_token(self.config.run.context)
+        verdict = state.plateau.update(scores.groups, state.tokens, flops)
         if verdict.reached and state.outer.boundary(state.step):
             state.schedule.start_decay(state.step)
             self.log.write(
@@ -113,6 +159,10 @@ class RunHooks:
 
     def stopping(self) -> bool:
         return self.world.any(self.signals.caught is not None)
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def train_line(means: dict[str, Any], lr: float, state: TrainState) -> str:

@@ -1,4 +1,4 @@
-"""The training loop. One optimizer step is: accumulate micro batches, clip, guard, step.
+"""The training loop. One optimizer step is: accumulate micro batches, clip, guard, step, average.
 
 Shape legend: B sequences of a micro batch  T context.
 
@@ -8,7 +8,6 @@ so gradients do not depend on how the batch is cut into ranks and micro batches.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,18 +21,22 @@ from model.schema import Config
 from train import optim
 from train.errors import Diverged
 from train.feed import Feed, Micro
+from train.guard import NOT_FINITE
 from train.meter import StepResult
+from train.optim.wiener import shrink
 from train.sharding import whole
 from train.state import TrainState
 from train.world import World, autocast, no_sync, seed_step
 
-PATIENCE = 20  # skipped steps in a row after which training has diverged
+PATIENCE = 20  # refused steps in a row after which training has diverged
 
 
 class Hooks(Protocol):
     """What happens around the steps. Each is called on every rank."""
 
+    def refused(self, state: TrainState, micros: Sequence[Micro], result: StepResult) -> None: ...
     def after_step(self, state: TrainState, result: StepResult) -> None: ...
+    def score(self, state: TrainState, tokens: int) -> float: ...
     def evaluate(self, state: TrainState) -> None: ...
     def save(self, state: TrainState) -> None: ...
     def stopping(self) -> bool: ...
@@ -42,15 +45,20 @@ class Hooks(Protocol):
 def fit(state: TrainState, data: Feed, hooks: Hooks, config: Config, world: World) -> bool:
     """Train until the schedule ends (True), or until the hooks want to stop (False), which saves.
 
-    Raises Diverged after PATIENCE steps in a row that were not finite.
+    Raises Diverged after PATIENCE steps in a row that the guard refused.
     """
     run = config.run
     if state.step == 0:
         hooks.evaluate(state)  # a grown model must start where the smaller one ended
     while state.step < state.schedule.total:
         began = time.perf_counter()
-        result = train_step(state, data.micros(state.step), config, world)
+        micros = data.micros(state.step)
+        result = train_step(state, micros, config, world)
+        if result.refused:
+            hooks.refused(state, micros, result)
         state.outer.maybe_sync(state)
+        if state.nowcast is not None:
+            state.nowcast.maybe_jump(state, hooks.score)
         hooks.after_step(state, _timed(result, began))
         ended = state.step >= state.schedule.total
         if ended or _due(state.step, run.eval_every):
@@ -66,13 +74,48 @@ def fit(state: TrainState, data: Feed, hooks: Hooks, config: Config, world: Worl
 
 def train_step(state: TrainState, micros: Sequence[Micro], config: Config, world: World) -> StepResult:
     """One optimizer step. micros: this rank's share of the global batch."""
-    lm, scale = state.model, 1.0 / config.run.batch
+    lm = state.model
+    sequences = world.size * sum(len(m.tokens) for m in micros)
+    lr = config.optim.lr * state.schedule.factor(state.step)
     lm.advance(state.step, state.step / state.schedule.total)
+    state.begin_step(lr)
     seed_step(config.run.seed, state.step, world.rank)
     norms = global_counts(state, micros, world)
     divisors = {head: max(count, 1e-9) for head, count in norms.items()}
-    sums = torch.zeros(len(norms) + 1, dtype=torch.float64, device=world.device)
+    sums = accumulate(state, micros, divisors, 1.0 / sequences, config, world)
+    *pairs, aux_loss = world.sum(sums).tolist()
+    nats, aims = pairs[: len(norms)], pairs[len(norms) :]
+    grad_norm = clip(optim.parameters(state.optimizer), config.optim.clip)
+    if state.release is not None:
+        grad_norm = state.release.norm()
+    loss = aux_loss + sum(
+        lm.readouts[head].weight * total / divisors[head] for head, total in zip(norms, aims)
+    )
+    refused = state.guard.refuses(loss, grad_norm)
+    step_or_skip(state, lr, refused, config)
+    upkeep(lm)
+    tokens = sequences * config.run.context
+    state.step += 1
+    state.tokens += tokens
+    by_head = dict(zip(norms, zip(nats, norms.values())))
+    return StepResult(loss, by_head, aux_loss, grad_norm, lr, refused, tokens)
+
+
+def accumulate(
+    state: TrainState,
+    micros: Sequence[Micro],
+    divisors: dict[str, float],
+    scale: float,
+    config: Config,
+    world: World,
+) -> Tensor:
+    """Forward and backward of every micro batch. scale: 1 / sequences of the global batch.
+
+    fp64 sums over this rank: nats by readout, what is minimised by readout, the auxiliary losses.
+    """
+    sums = torch.zeros(2 * len(divisors) + 1, dtype=torch.float64, device=world.device)
     for i, micro in enumerate(micros):
+        share = len(micro.tokens) * scale
         with no_sync(state.forward, last=i == len(micros) - 1):
             with autocast(world.device, config.run.precision):
                 out = state.forward(
@@ -81,26 +124,16 @@ def train_step(state: TrainState, micros: Sequence[Micro], config: Config, world
                     weights=micro.weights,
                     docs=micro.docs,
                     norms=divisors,
-                    aux_scale=len(micro.tokens) * scale,
+                    aux_scale=share,
+                    reference=micro.reference,
                 )
-            (out.loss * world.size).backward()  # the wrapper averages over ranks; we want the sum
-        aux = [v.detach().double() * len(micro.tokens) * scale for v in out.aux.losses.values()]
-        sums += torch.stack([*(out.sums[head][0].double() for head in norms), sum(aux, sums.new_zeros(()))])
-    *nats, aux_loss = world.sum(sums).tolist()
-    lr = config.optim.lr * state.schedule.factor(state.step)
-    grad_norm = clip(optim.parameters(state.optimizer), config.optim.clip)
-    loss = aux_loss + sum(
-        lm.readouts[head].weight * total / divisors[head] for head, total in zip(norms, nats)
-    )
-    applied = math.isfinite(loss) and math.isfinite(grad_norm)
-    step_or_skip(state, lr, applied)
-    upkeep(lm)
-    tokens = config.run.batch * config.run.context
-    state.step += 1
-    state.tokens += tokens
-    return StepResult(
-        loss, dict(zip(norms, zip(nats, norms.values()))), aux_loss, grad_norm, lr, applied, tokens
-    )
+            if state.release is None or bool(out.loss.isfinite()):  # released gradients act at once
+                (out.loss * world.size).backward()  # the wrapper averages over ranks; we want the sum
+        parts = [out.sums[head][0].double() for head in divisors]
+        parts += [out.aims[head].double() for head in divisors]
+        aux = [v.detach().double() * share for v in out.aux.losses.values()]
+        sums += torch.stack([*parts, sum(aux, sums.new_zeros(()))])
+    return sums
 
 
 def global_counts(state: TrainState, micros: Sequence[Micro], world: World) -> dict[str, float]:
@@ -122,19 +155,24 @@ def clip(params: list[torch.nn.Parameter], limit: float) -> float:
     return float(norm)
 
 
-def step_or_skip(state: TrainState, lr: float, applied: bool) -> None:
+def step_or_skip(state: TrainState, lr: float, refused: str | None, config: Config) -> None:
     """Apply the gradients, or drop them: one bad batch must not put a NaN into every weight."""
-    if applied:
+    if refused is None:
         optim.set_lr(state.optimizer, lr)
-        state.optimizer.step()
+        if config.optim.wiener:
+            shrink(state.optimizer)
+        if state.release is None:
+            state.optimizer.step()
+        state.ema.update()
         state.skipped_in_a_row = 0
     else:
         state.skipped += 1
         state.skipped_in_a_row += 1
     state.optimizer.zero_grad(set_to_none=True)
     if state.skipped_in_a_row >= PATIENCE:
+        why = "not finite" if refused == NOT_FINITE else f"far above those before (the last: {refused})"
         raise Diverged(
-            f"step {state.step}: loss or gradients were not finite for {PATIENCE} steps in a row; "
+            f"step {state.step}: loss or gradients were {why} for {PATIENCE} steps in a row; "
             f"lower optim.lr, lengthen schedule.warmup, or use run.precision=fp32, and start from an "
             f"earlier checkpoint with --init-from"
         )

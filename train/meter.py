@@ -14,7 +14,7 @@ class StepResult:
 
     sums:    {head: (nats, weight of supervised tokens)}.
     aux:     auxiliary losses, already weighted.     loss: weighted heads + aux, what was minimised.
-    applied: False when the step was skipped because something was not finite.
+    refused: why the step was not taken, or None; see train.guard.
     """
 
     loss: float
@@ -22,7 +22,7 @@ class StepResult:
     aux: float
     grad_norm: float
     lr: float
-    applied: bool
+    refused: str | None
     tokens: int
     seconds: float = 0.0
 
@@ -44,8 +44,8 @@ class Meter:
         self.seconds += result.seconds
         self.run_seconds += result.seconds
         self.tokens += result.tokens
-        if not result.applied:
-            return  # its losses are not finite and would hide the others
+        if result.refused:
+            return  # its losses are not finite, or far off, and would hide the others
         self.steps += 1
         self.loss += result.loss
         self.aux += result.aux

@@ -14,6 +14,7 @@ if __package__ in (None, ""):
     # Run as a script: `train/` is first on the path. Packages are found from the repository's root.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from train.replay import command as replay_command
 from train.session import run_all
 from train.stage import Request
 
@@ -25,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--arch",
         action="append",
-        required=True,
+        default=[],
         metavar="YAML",
         help="architecture: a file, or a name in model/archs/; several grow one after another",
     )
@@ -40,6 +41,28 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
     p.add_argument("--init-from", type=Path, default=None, metavar="RUN", help="start from these weights")
+    p.add_argument(
+        "--decay-now",
+        action="store_true",
+        help="begin the decay at once: with --resume in the run itself, with --init-from RUN in a new run "
+        "that takes over everything (weights, moments, place in the data)",
+    )
+    p.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=3,
+        default=0,
+        metavar="STEPS",
+        help="trace so many steps (3) with torch.profiler into RUN/profile",
+    )
+    p.add_argument(
+        "--replay",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="run a step that was not finite again (RUN/replay/step_N) and say where it broke",
+    )
     p.add_argument("--dry-run", action="store_true", help="measure memory and speed, write nothing")
     p.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="sets", help="override any key"
@@ -49,8 +72,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    request = Request(args.arch, args.sets, args.data, args.run, args.resume, args.init_from, args.dry_run)
-    return run_all(request)
+    if args.replay is not None:
+        return replay_command(args.replay, args.sets)
+    if not args.arch:
+        parser().error("the following arguments are required: --arch")
+    flags = (args.resume, args.init_from, args.dry_run, args.decay_now, args.profile)
+    return run_all(Request(args.arch, args.sets, args.data, args.run, *flags))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from train.feed import Feed
 from train.hooks import RunHooks, Signals
 from train.loop import fit
 from train.metrics import Log, peak_flops, rewind
-from train.sharding import settle, sharded
+from train.sampling import sample
 from train.stage import Request, Stage, prepare
 from train.state import TrainState
-from train.world import World, autocast, joined
+from train.tracing import Tracer
+from train.world import World, joined
 
 
 def run_all(request: Request) -> int:
@@ -72,7 +73,7 @@ def run_stage(request: Request, arch: str, world: World, signals: Signals) -> in
         log = Log(stage.folder, world.main, state.schedule.total, stage.config.wandb)
         stack.callback(log.close)
         announce(stage, state, growth, log)
-        return train(stage, state, log, world, signals)
+        return train(stage, state, log, world, signals, request.profile)
 
 
 def begin(stage: Stage, state: TrainState) -> None:
@@ -85,6 +86,7 @@ def begin(stage: Stage, state: TrainState) -> None:
             origin["from"] = str(stage.source.path)
         scales = {n: g["lr_scale"] for g in state.optimizer.param_groups for n in g["names"]}
         origin["lr_scales"] = {n: s for n, s in scales.items() if s != 1.0}
+        origin["stage"] = state.plateau.stage
         rundir.create(stage.folder, stage.config, stage.data, origin, sys.argv)
     has_checkpoint = checkpoint.newest(stage.folder)[0] is not None
     rewind(stage.folder, state.step if has_checkpoint else None)
@@ -121,26 +123,29 @@ def announce(stage: Stage, state: TrainState, growth: grow.Growth | None, log: L
         log.write("event", 0, event="grown", loaded=growth.loaded, fresh=growth.fresh, frozen=growth.frozen)
 
 
-def train(stage: Stage, state: TrainState, log: Log, world: World, signals: Signals) -> int:
+def train(stage: Stage, state: TrainState, log: Log, world: World, signals: Signals, profile: int = 0) -> int:
     """Fit, with the folder's status kept true. Returns the exit code."""
     config = stage.config
     peak = float(
         world.sum(torch.tensor([peak_flops(world.device, config.run.precision)], device=world.device))
     )
-    hooks = RunHooks(stage.folder, config, stage.heldout, log, world, signals, peak)
+    tracer = Tracer(stage.folder, profile, world.main)
+    tokenizer = stage.data.tokenizer
+    hooks = RunHooks(stage.folder, config, stage.heldout, log, world, signals, peak, tokenizer, tracer)
     feed = Feed(stage.view, config.run, world)
     where: Any = lambda: {"step": state.step, "total": state.schedule.total, "tokens": state.tokens}  # noqa: E731
     try:
-        if state.step == 0:
+        if not stage.begun or state.step == 0:
             hooks.save(state)  # a full disk shows before hours of work, and growth has its starting point
-        finished = fit(state, feed, hooks, config, world)
+        with tracer:
+            finished = fit(state, feed, hooks, config, world)
     except Diverged:
         world.on_main(lambda: rundir.set_status(stage.folder, "diverged", **where()))
         raise
     finally:
         feed.close()
     if finished:
-        sample(stage, state, log, world)
+        sample(state, config, stage.heldout, tokenizer, log, world)
     event = "done" if finished else "stop"
     log.write("event", state.step, event=event, signal=signals.caught)
     world.on_main(lambda: rundir.set_status(stage.folder, "complete" if finished else "stopped", **where()))
@@ -149,16 +154,3 @@ def train(stage: Stage, state: TrainState, log: Log, world: World, signals: Sign
         return 0
     log.say(f"{stage.folder}: stopped and saved at step {state.step}; go on with --resume")
     return 128 + (signals.caught or 15)
-
-
-def sample(stage: Stage, state: TrainState, log: Log, world: World, new: int = 120) -> None:
-    """A continuation of the first held-out text, for the report."""
-    if stage.heldout is None or not (world.main or sharded(state.model)):
-        return
-    prompt = stage.heldout.batch(0, 1).tokens[:, : min(32, stage.config.run.context)].to(world.device)
-    with autocast(world.device, stage.config.run.precision):
-        out = state.model.generate(prompt, max_new_tokens=new, temperature=0.8, top_p=0.95, seed=0)
-    settle(state.model)
-    ids = out[0].tolist()
-    decode, cut = stage.data.tokenizer.decode, prompt.shape[1]
-    log.write("sample", state.step, tokens=state.tokens, prompt=decode(ids[:cut]), text=decode(ids[cut:]))

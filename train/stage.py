@@ -5,7 +5,6 @@ Everything that can be refused is refused here, and nothing is written.
 
 from __future__ import annotations
 
-import math
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +16,9 @@ from dataset.views import View
 from model.config import load
 from model.hub import PACKAGES
 from model.schema import Config, ConfigError
-from train import checkpoint, rundir
+from train import checkpoint, rundir, settings
+from train.batches import BatchPlan
 from train.errors import UserError
-from train.feed import micro_rows
 from train.rundir import Source
 from train.world import World
 
@@ -38,6 +37,8 @@ class Request:
     resume: bool = False
     init_from: Path | None = None
     dry_run: bool = False
+    decay_now: bool = False
+    profile: int = 0
 
     def folder(self, config: Config) -> Path:
         if self.run is None:
@@ -56,15 +57,16 @@ class Stage:
     folder: Path
     source: Source | None
     begun: bool
+    decay_now: bool = False
 
 
 def prepare(request: Request, arch: str, world: World) -> Stage:
     """Read and check everything; nothing is written. Raises ConfigError, DatasetError or UserError."""
     config = load(arch, request.sets)
     data = open_data(request.data, config)
-    view = data.view(config.run.context, seed=config.run.seed)
+    view = training_view(config, data)
     config = settle(config, data, view)
-    micro_rows(config.run, world)  # refuses a batch that does not divide among the ranks
+    settings.check(config, world)
     folder = request.folder(config)
     begun = rundir.exists(folder)
     if begun and not request.dry_run:
@@ -81,7 +83,24 @@ def prepare(request: Request, arch: str, world: World) -> Stage:
         source = find_source(request, config, folder)
     if source is not None:
         data.require(identity=source.tokenizer)
-    return Stage(config, data, view, heldout_view(config, data), folder, source, begun)
+    if request.decay_now:
+        check_decay(config, request, source, begun)
+    heldout = heldout_view(config, data)
+    return Stage(config, data, view, heldout, folder, source, begun, request.decay_now)
+
+
+def check_decay(config: Config, request: Request, source: Source | None, begun: bool) -> None:
+    """Raises UserError when there is nothing that `--decay-now` could go on with."""
+    if config.schedule.kind != "wsd":
+        raise UserError(f"--decay-now: schedule.kind {config.schedule.kind!r} has no decay; set it to wsd")
+    if begun:
+        return  # with --resume
+    if request.init_from is None or source is None:
+        raise UserError("--decay-now: say which run goes on, with --resume or with --init-from RUN")
+    keys = ("batch", "context", "seed", "packing", "batch_warmup")
+    other = [k for k in keys if getattr(source.config.run, k) != getattr(config.run, k)]
+    if other:
+        raise UserError(f"--decay-now: {source.path} had another {', '.join('run.' + k for k in other)}")
 
 
 def open_data(path: Path | None, config: Config) -> Dataset:
@@ -102,15 +121,9 @@ def settle(config: Config, data: Dataset, view: View) -> Config:
     steps = run.steps
     if steps is None:
         tokens = run.tokens if run.tokens is not None else view.rows * run.context
-        steps = math.ceil(tokens / (run.batch * run.context))  # without either: once through the data
+        steps = BatchPlan(run).steps_for(tokens / run.context)  # without either: once through the data
     if config.vocab is not None:
         data.require(vocab=config.vocab)
-    if config.optim.name == "schedulefree" and config.schedule.kind != "constant":
-        raise ConfigError(
-            [f"{config.name}: optim.name: schedulefree replaces the decay; set schedule.kind to constant"]
-        )
-    if config.optim.kahan and run.precision != "bf16":
-        raise ConfigError([f"{config.name}: optim.kahan: weights in bf16 need run.precision: bf16"])
     if config.grow.when == "plateau" and config.schedule.kind == "cosine":
         raise ConfigError(
             [f"{config.name}: grow.when: plateau needs a constant learning rate; set schedule.kind to wsd"]
@@ -118,12 +131,23 @@ def settle(config: Config, data: Dataset, view: View) -> Config:
     return replace(config, vocab=data.vocab, run=replace(run, steps=steps, tokens=None))
 
 
+def training_view(config: Config, data: Dataset) -> View:
+    """The rows to train on, with the sidecar that a selection reads. Raises ConfigError, DatasetError."""
+    rho, run = config.select.rho, config.run
+    side = rho.ref if rho is not None else config.select.weights
+    view = data.view(run.context, seed=run.seed, packing=run.packing, sidecar=side)
+    want = "loss" if rho is not None else "weight"
+    if side is not None and view.side_kind != want:
+        raise ConfigError([f"select: sidecar {side} holds values of kind {view.side_kind!r}, want {want!r}"])
+    return view
+
+
 def heldout_view(config: Config, data: Dataset) -> View | None:
     """Held-out rows in an order of their own, the same for every run; None when nothing was held out."""
     try:
         return data.view(config.run.context, seed=0, split="heldout")
     except DatasetError:
-        if config.grow.when == "plateau":
+        if config.grow.when == "plateau" or config.nowcast.every:
             raise
         return None
 

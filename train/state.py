@@ -14,9 +14,15 @@ from torch import Tensor, nn
 
 from model.lm import LanguageModel
 from train import optim
+from train.activations import Noise
 from train.checkpoint import Checkpoint
+from train.ema import Ema
 from train.errors import CheckpointError
+from train.guard import Guard
 from train.meter import Meter
+from train.nowcast import Nowcast
+from train.objective import Objective
+from train.optim.release import Release
 from train.outer import Outer
 from train.plateau import Plateau
 from train.schedule import Schedule
@@ -28,8 +34,9 @@ class TrainState:
     """model is the bare module; `forward` is what is called: the same, or its data-parallel wrapper.
 
     step:    optimizer steps behind us; also the place in the data order.
-    tokens:  tokens seen by the whole run.     skipped: steps not applied (non-finite), and in a row.
+    tokens:  tokens seen by the whole run.     skipped: steps that the guard refused, and in a row.
     origin:  tokens that the weights had seen before this run (growth, --init-from).
+    release: the hooks of gradient release, or None.     noise: of compressed activations, or None.
     """
 
     model: LanguageModel
@@ -38,12 +45,28 @@ class TrainState:
     schedule: Schedule
     plateau: Plateau
     outer: Outer
+    guard: Guard
+    ema: Ema
+    objective: Objective | None = None
+    release: Release | None = None
+    nowcast: Nowcast | None = None
+    noise: Noise | None = None
     meter: Meter = field(default_factory=Meter)
     step: int = 0
     tokens: int = 0
     origin: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+
+    def begin_step(self, lr: float) -> None:
+        """Tell those who act inside the passes of this step: which step it is, and at what rate."""
+        if self.objective is not None:
+            self.objective.advance(self.step, self.schedule.total)
+        if self.noise is not None:
+            self.noise.begin(self.step)
+        if self.release is not None:
+            optim.set_lr(self.optimizer, lr)
+            self.release.begin()
 
     def model_tensors(self) -> dict[str, Tensor]:
         """The model by name, as it is evaluated and saved: of a schedule-free optimizer the average."""
@@ -60,7 +83,13 @@ class TrainState:
             "plateau": self.plateau.state_dict(),
             "outer": self.outer.state_dict(),
             "meter": self.meter.state_dict(),
+            **{name: part.state_dict() for name, part in self._later().items()},
         }
+
+    def _later(self) -> dict[str, Any]:
+        """Parts that checkpoints from before they were there lack; those start anew."""
+        parts: dict[str, Any] = {"guard": self.guard, "ema": self.ema}
+        return parts if self.nowcast is None else parts | {"nowcast": self.nowcast}
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Become what was saved. Raises CheckpointError when it belongs to another model."""
@@ -74,6 +103,9 @@ class TrainState:
             self.plateau.load_state_dict(state["plateau"])
             self.outer.load_state_dict(state["outer"])
             self.meter.load_state_dict(state["meter"])
+            for name, part in self._later().items():
+                if name in state:
+                    part.load_state_dict(state[name])
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{checkpoint.path}: does not fit this run ({error!r})") from error
 

@@ -10,8 +10,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.ops.loss import linear_argmax, linear_cross_entropy
+from model.ops.loss import TokenLoss, linear_argmax, linear_cross_entropy, linear_token_loss
 from model.ops.loss.reference import linear_cross_entropy_reference
+
+
+FORMS = [
+    TokenLoss(),
+    TokenLoss(z=0.1),
+    TokenLoss("mile"),
+    TokenLoss("mile", z=0.1, gamma=0.5),
+    TokenLoss("alpha"),
+    TokenLoss("alpha", z=0.1, alpha=1.2),
+]
 
 
 def case(N: int, D: int, V: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -32,16 +42,19 @@ def case(N: int, D: int, V: int, dtype: torch.dtype = torch.float64) -> tuple[Te
     st.sampled_from([1, 4, 1024]),
     st.booleans(),
     st.booleans(),
-    st.sampled_from([0.0, 0.1]),
+    st.sampled_from(FORMS),
 )
-def test_equals_all_logits_at_once(N, D, V, chunk, weighted, biased, z_loss):
+def test_equals_all_logits_at_once(N, D, V, chunk, weighted, biased, form):
     h, weight, bias, targets = case(N, D, V)
     weights = torch.rand(N, dtype=torch.float64) if weighted else None
     inputs = [h, weight, *([bias] if biased else [])]
-    more = {"bias": bias if biased else None, "z_loss": z_loss}
-    got = linear_cross_entropy(h, weight, targets, weights, chunk=chunk, **more)
-    want = linear_cross_entropy_reference(h, weight, targets, weights, **more)
+    more = {"bias": bias if biased else None}
+    got, ce = linear_token_loss(h, weight, targets, weights, chunk=chunk, form=form, **more)
+    want = linear_cross_entropy_reference(h, weight, targets, weights, form=form, **more)
     torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        ce, linear_cross_entropy_reference(h, weight, targets, weights, **more).detach()
+    )
     # A scale other than 1, as a mean over tokens gives.
     for a, b in zip(torch.autograd.grad(0.3 * got, inputs), torch.autograd.grad(0.3 * want, inputs)):
         torch.testing.assert_close(a, b)
@@ -54,8 +67,36 @@ def test_equals_all_logits_at_once(N, D, V, chunk, weighted, biased, z_loss):
 def test_gradcheck():
     h, weight, bias, targets = case(7, 3, 5)
     assert torch.autograd.gradcheck(
-        lambda h, w, b: linear_cross_entropy(h, w, targets, bias=b, z_loss=0.01, chunk=2), (h, weight, bias)
+        lambda h, w, b: linear_token_loss(h, w, targets, bias=b, form=TokenLoss("alpha", z=0.01), chunk=2)[0],
+        (h, weight, bias),
     )
+
+
+@pytest.mark.parametrize("form", [TokenLoss(), TokenLoss("mile", gamma=0.0), TokenLoss("alpha", alpha=1.0)])
+def test_a_neutral_form_is_cross_entropy_bit_for_bit(form):
+    h, weight, bias, targets = case(20, 6, 11, torch.float32)
+    plain = linear_cross_entropy(h, weight, targets, bias=bias)
+    loss, ce = linear_token_loss(h, weight, targets, bias=bias, form=form)
+    assert form.plain and torch.equal(loss, plain) and torch.equal(ce, plain)
+    for a, b in zip(*(torch.autograd.grad(x, (h, weight, bias)) for x in (loss, plain))):
+        assert torch.equal(a, b)
+
+
+def test_forms_weigh_hard_tokens_more():
+    """mile by the entropy of the prediction, alpha by the missing probability of the target."""
+    logits = torch.tensor([[4.0, 0.0, 0.0], [0.5, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    eye, targets = torch.eye(3, dtype=torch.float64), torch.tensor([0, 0])
+    slopes = {}
+    for form in (TokenLoss(), TokenLoss("mile"), TokenLoss("alpha")):
+        loss, _ = linear_token_loss(logits, eye, targets, form=form)
+        slopes[form.kind] = torch.autograd.grad(loss, logits)[0][:, 0]
+    for kind in ("mile", "alpha"):
+        easy, hard = (slopes[kind] / slopes["ce"]).tolist()
+        assert hard > easy
+    H = -(torch.softmax(logits, -1) * torch.log_softmax(logits, -1)).sum(-1).detach()
+    torch.testing.assert_close(slopes["mile"], slopes["ce"] * (1 + H))
+    p = torch.softmax(logits, -1)[:, 0].detach()
+    torch.testing.assert_close(slopes["alpha"], slopes["ce"] * p**-0.5 / 1.5)
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])

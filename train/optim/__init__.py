@@ -39,31 +39,31 @@ __all__ = [
 Factory = Callable[[list[Group], OptimConfig], torch.optim.Optimizer]
 
 
-def adamw(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
+def _adamw(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     """Decoupled weight decay (Loshchilov & Hutter 2019); the fused kernel serves CPU and CUDA."""
     return torch.optim.AdamW(groups, lr=config.lr, betas=_betas(config), eps=config.eps, fused=True)
 
 
-def muon(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
+def _muon(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     return Muon(groups, config.lr, config.momentum, _betas(config), config.eps)
 
 
-def schedulefree(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
+def _schedulefree(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     return ScheduleFree(groups, config.lr, _betas(config), config.eps)
 
 
-def adam_mini(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
+def _adam_mini(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     try:
         return AdamMini(groups, config.lr, _betas(config), config.eps)
     except ValueError as error:
         raise ConfigError([f"optim.name: adam_mini: {error}"]) from error
 
 
-def adalomo(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
+def _adalomo(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
     return AdaLomo(groups, config.lr)
 
 
-def optimi(name: str) -> Factory:
+def _optimi(name: str) -> Factory:
     """An optimizer of the torch-optimi package; its Kahan summation and gradient release come with it."""
 
     def factory(groups: list[Group], config: OptimConfig) -> torch.optim.Optimizer:
@@ -87,14 +87,14 @@ def optimi(name: str) -> Factory:
 
 
 OPTIMIZERS: dict[str, Factory] = {
-    "adamw": adamw,
-    "muon": muon,
-    "stableadamw": optimi("StableAdamW"),
-    "lion": optimi("Lion"),
-    "adan": optimi("Adan"),
-    "schedulefree": schedulefree,
-    "adam_mini": adam_mini,
-    "adalomo": adalomo,
+    "adamw": _adamw,
+    "muon": _muon,
+    "stableadamw": _optimi("StableAdamW"),
+    "lion": _optimi("Lion"),
+    "adan": _optimi("Adan"),
+    "schedulefree": _schedulefree,
+    "adam_mini": _adam_mini,
+    "adalomo": _adalomo,
 }
 
 

@@ -5,15 +5,20 @@ Shape legend: N tokens  D model width  V vocabulary  R rows of a chunk
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.ops.loss.forms import KINDS, TokenLoss
+
+__all__ = ["IGNORE", "KINDS", "TokenLoss", "linear_argmax", "linear_cross_entropy", "linear_token_loss"]
+
 IGNORE = -100
 MIN_ROWS = 1024  # smaller chunks cost time: the weight gradient is read and written once a chunk
 CHUNK_LOGITS = 1 << 24  # logits of a chunk when the vocabulary is small: 64 MiB in fp32
+CE = TokenLoss()
 
 
 def linear_cross_entropy(
@@ -23,14 +28,13 @@ def linear_cross_entropy(
     weights: Tensor | None = None,
     *,
     bias: Tensor | None = None,
-    z_loss: float = 0.0,
     ignore: int = IGNORE,
     reduction: str = "sum",
     chunk: int | None = None,
 ) -> Tensor:
     """Weighted cross-entropy of `targets` under logits h @ weight' + bias, in nats, fp32 (fp64 for fp64 h).
 
-        loss_n = weights_n * (lse_n - logit_n[target_n] + z_loss * lse_n^2),   lse = log sum exp logits
+        loss_n = weights_n * (lse_n - logit_n[target_n]),   lse = log sum exp logits
 
     h [N, D], weight [V, D], targets [N] int64 (`ignore`: no loss, no gradient), weights [N] or None for 1,
     bias [V] or None. Matmuls run in h's dtype (autocast's, where it is on), log-sum-exp in fp32.
@@ -41,6 +45,38 @@ def linear_cross_entropy(
     chunk:     rows at a time; None is 1024, or more where the vocabulary is small.
     Raises ValueError for shapes that do not fit.
     """
+    if reduction not in ("sum", "none"):
+        raise ValueError(f"reduction={reduction!r}: must be 'sum' or 'none'")
+    safe, scale, rows = _prepare(h, weight, targets, weights, ignore, chunk)
+    if reduction == "none":
+        with torch.no_grad():
+            return _losses(h, weight, bias, safe, scale, CE, rows)[0]
+    return _sum(h, weight, bias, safe, scale, CE, rows)[0]
+
+
+def linear_token_loss(
+    h: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    form: TokenLoss,
+    bias: Tensor | None = None,
+    ignore: int = IGNORE,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(sum of the losses of that form, sum of the cross-entropies without gradient), both 0-d, weighted.
+
+    Otherwise as `linear_cross_entropy` with reduction "sum", which the neutral form is bit for bit.
+    """
+    safe, scale, rows = _prepare(h, weight, targets, weights, ignore, chunk)
+    return _sum(h, weight, bias, safe, scale, form.settled, rows)
+
+
+def _prepare(
+    h: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, ignore: int, chunk: int | None
+) -> tuple[Tensor, Tensor, int]:
+    """(targets that can be looked up [N], weight of each loss [N], rows of a chunk). Raises ValueError."""
     if h.dim() != 2 or weight.dim() != 2 or h.shape[1] != weight.shape[1] or targets.shape != h.shape[:1]:
         raise ValueError(
             "linear_cross_entropy: want h [N, D], weight [V, D], targets [N]; got "
@@ -48,19 +84,21 @@ def linear_cross_entropy(
         )
     if weights is not None and weights.shape != targets.shape:
         raise ValueError(f"weights must be [N] = {list(targets.shape)}, got {list(weights.shape)}")
-    if reduction not in ("sum", "none"):
-        raise ValueError(f"reduction={reduction!r}: must be 'sum' or 'none'")
-    rows = chunk or max(MIN_ROWS, CHUNK_LOGITS // weight.shape[0])
     kept = (targets != ignore).to(_work_dtype(h))
     scale = kept if weights is None else kept * weights.detach()
     safe = torch.where(targets == ignore, 0, targets)
-    if reduction == "none":
-        with torch.no_grad():
-            return _losses(h, weight, bias, safe, scale, z_loss, rows)
+    return safe, scale, chunk or max(MIN_ROWS, CHUNK_LOGITS // weight.shape[0])
+
+
+def _sum(
+    h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor, form: TokenLoss, rows: int
+) -> tuple[Tensor, Tensor]:
     inputs = (h, weight, bias)
-    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
-        return _losses(h, weight, bias, safe, scale, z_loss, rows).sum()
-    return _SumLoss.apply(h, weight, bias, safe, scale, z_loss, rows)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        total, ce = _SumLoss.apply(h, weight, bias, targets, scale, form, rows)
+        return total, ce.detach()
+    losses, ce = _losses(h, weight, bias, targets, scale, form, rows)
+    return losses.sum(), ce.sum()
 
 
 def linear_argmax(h: Tensor, weight: Tensor, bias: Tensor | None = None, chunk: int | None = None) -> Tensor:
@@ -93,27 +131,39 @@ def _logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits.add_(bias)
 
 
-def _chunk_losses(logits: Tensor, targets: Tensor, scale: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """(losses [R], log-sum-exp [R])."""
+class _Chunk(NamedTuple):
+    """Losses [R] and cross-entropies [R], weighted; log-sum-exp [R]; d loss / d ce [R], None for 1."""
+
+    loss: Tensor
+    ce: Tensor
+    lse: Tensor
+    factor: Tensor | None
+
+
+def _chunk_losses(logits: Tensor, targets: Tensor, scale: Tensor, form: TokenLoss) -> _Chunk:
     lse = logits.logsumexp(-1)
-    loss = lse - logits.gather(1, targets[:, None])[:, 0]
-    if z_loss:
-        loss = loss + z_loss * lse.square()
-    return torch.where(scale != 0, loss * scale, 0.0), lse
+    ce = lse - logits.gather(1, targets[:, None])[:, 0]
+    loss, factor = form.of(ce, logits, lse)
+    if form.z:
+        loss = loss + form.z * lse.square()
+    weighted = torch.where(scale != 0, loss * scale, 0.0)
+    return _Chunk(weighted, weighted if loss is ce else torch.where(scale != 0, ce * scale, 0.0), lse, factor)
 
 
 def _losses(
-    h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor, z_loss: float, rows: int
-) -> Tensor:
-    """[N] losses, no gradient."""
+    h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor, form: TokenLoss, rows: int
+) -> tuple[Tensor, Tensor]:
+    """([N] losses, [N] cross-entropies), no gradient."""
     operands = _operands(h, weight)
-    out = torch.empty_like(scale)
+    out, ce = torch.empty_like(scale), torch.empty_like(scale)
     with _no_autocast(h):
         for i in range(0, h.shape[0], rows):
             part = slice(i, i + rows)
-            logits = _logits(operands[0][part], operands[1], bias)
-            out[part] = _chunk_losses(logits, targets[part], scale[part], z_loss)[0]
-    return out
+            found = _chunk_losses(
+                _logits(operands[0][part], operands[1], bias), targets[part], scale[part], form
+            )
+            out[part], ce[part] = found.loss, found.ce
+    return out, ce
 
 
 class _SumLoss(torch.autograd.Function):
@@ -127,23 +177,24 @@ class _SumLoss(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         scale: Tensor,
-        z_loss: float,
+        form: TokenLoss,
         rows: int,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         want_h, want_weight, want_bias = ctx.needs_input_grad[:3]
         work = scale.dtype
         x, w = _operands(h, weight)
         grad_h = torch.empty_like(h) if want_h else None
         grad_weight = torch.zeros_like(weight, dtype=work) if want_weight else None
         grad_bias = torch.zeros_like(bias, dtype=work) if want_bias and bias is not None else None
-        total = scale.new_zeros(())
+        total, plain = scale.new_zeros(()), scale.new_zeros(())
         with _no_autocast(h):
             for i in range(0, h.shape[0], rows):
                 part = slice(i, i + rows)
                 logits = _logits(x[part], w, bias)
-                losses, lse = _chunk_losses(logits, targets[part], scale[part], z_loss)
-                total += losses.sum()
-                slope = _into_slope(logits, lse, targets[part], scale[part], z_loss)
+                found = _chunk_losses(logits, targets[part], scale[part], form)
+                total += found.loss.sum()
+                plain += found.ce.sum()
+                slope = _into_slope(logits, found, targets[part], scale[part], form)
                 if grad_bias is not None:
                     grad_bias += slope.sum(0)
                 slope = slope.to(x.dtype)
@@ -153,11 +204,12 @@ class _SumLoss(torch.autograd.Function):
                     _add_product(grad_weight, slope, x[part])
         ctx.save_for_backward(grad_h, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return total
+        ctx.mark_non_differentiable(plain)
+        return total, plain
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple:  # type: ignore[override]
         grad_h, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (
@@ -168,12 +220,13 @@ class _SumLoss(torch.autograd.Function):
         )
 
 
-def _into_slope(logits: Tensor, lse: Tensor, targets: Tensor, scale: Tensor, z_loss: float) -> Tensor:
-    """d loss / d logits, written over the logits: scale * (softmax * (1 + 2 z_loss lse) - onehot)."""
-    softmax = logits.sub_(lse[:, None]).exp_()
-    row = scale * (1 + 2 * z_loss * lse) if z_loss else scale
+def _into_slope(logits: Tensor, found: _Chunk, targets: Tensor, scale: Tensor, form: TokenLoss) -> Tensor:
+    """d loss / d logits, written over the logits: scale (softmax (factor + 2 z lse) - factor onehot)."""
+    softmax = logits.sub_(found.lse[:, None]).exp_()
+    hit = scale if found.factor is None else scale * found.factor
+    row = hit + scale * (2 * form.z * found.lse) if form.z else hit
     slope = softmax.mul_(row[:, None])
-    return slope.scatter_add_(1, targets[:, None], -scale[:, None])
+    return slope.scatter_add_(1, targets[:, None], -hit[:, None])
 
 
 def _add_product(total: Tensor, slope: Tensor, x: Tensor) -> None:

@@ -1,0 +1,273 @@
+"""Options of the loop: each has its effect, leaves the rest alone, and survives a resume bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from model.schema import ConfigError
+from model.sections import BatchWarmup, RunConfig
+from tests.train.conftest import Fit, equal
+from train import checkpoint
+from train.batches import BatchPlan
+from train.guard import NOT_FINITE, Guard
+
+WARM = "run.batch_warmup={from: 1, steps: 6}"
+RESUMED = {
+    "ema": ("run.ema=0.9",),
+    "batch warm-up": (WARM,),
+    "guard": ("run={spike_sigma: 0.5, spike_window: 8}", "run.steps=24"),
+    "token loss": ("loss={kind: mile, z: 1e-4}",),
+    "nowcast": ("nowcast={every: 2, history: 2, gate: 64}",),
+    "wiener": ("optim.wiener=true",),
+    "compressed": ("activations={bits: 4, only: [mlp]}",),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_resume_is_bit_equal(request_of, case) -> None:
+    whole = Fit(request_of("whole", *RESUMED[case]))
+    Fit(request_of("parts", *RESUMED[case]), stop_after=5)
+    parts = Fit(request_of("parts", *RESUMED[case], resume=True))
+    assert equal(whole.tensors(), parts.tensors()) and whole.losses() == parts.losses()
+    one, two = (flat(f.state.state_dict()) for f in (whole, parts))
+    clock = {k for k in one if k.endswith("seconds")}
+    assert one.keys() == two.keys()
+    assert [k for k in one.keys() - clock if repr(one[k]) != repr(two[k])] == []
+
+
+def flat(value, path="") -> dict:
+    if isinstance(value, dict):
+        return {k: v for key, child in value.items() for k, v in flat(child, f"{path}/{key}").items()}
+    return {path: value.tolist() if isinstance(value, torch.Tensor) else value}
+
+
+def test_neutral_settings_change_no_bit(request_of) -> None:
+    plain = Fit(request_of("plain"))
+    neutral = (
+        "loss={kind: mile, gamma: 0.0}",
+        "run={ema: 0.9, spike_sigma: 1000.0, stats_every: 5, sample: 4}",
+        "nowcast={every: 2, history: 3, gate: 64}",  # the zero network
+        "activations.checkpoint=[mlp, attention]",
+    )
+    assert equal(plain.tensors(), Fit(request_of("neutral", *neutral)).tensors())
+
+
+# ----------------------------------------------------------------------------- batch warm-up
+
+
+def test_a_batch_plan_is_arithmetic() -> None:
+    plan = BatchPlan(RunConfig(batch=16))
+    assert plan.stages == [(0, 16)] and plan.before(7) == 112 and plan.steps_for(100) == 7
+    plan = BatchPlan(RunConfig(batch=16, batch_warmup=BatchWarmup(2, 30)))
+    assert plan.stages == [(0, 2), (10, 4), (20, 8), (30, 16)]
+    sizes = [plan.size(s) for s in range(50)]
+    assert [plan.before(s) for s in range(51)] == [sum(sizes[:s]) for s in range(51)]
+    for wanted in (1, 19, 20, 21, 139, 140, 141, 300):
+        steps = plan.steps_for(wanted)
+        assert plan.before(steps) >= wanted > plan.before(steps - 1)
+    assert BatchPlan(RunConfig(batch=6, batch_warmup=BatchWarmup(6, 30))).stages == [(0, 6)]
+
+
+def test_batch_warmup_takes_every_sample_once_and_counts_tokens(request_of) -> None:
+    from train.feed import Feed
+    from train.world import World
+
+    done = Fit(request_of("run", WARM, "run.steps=null", "run.tokens=640"))  # 20 sequences of 32
+    plan = BatchPlan(done.config.run)
+    feed = Feed(done.stage.view, done.config.run, World())
+    got = torch.cat([m.tokens for s in range(done.state.step) for m in feed.micros(s)])
+    feed.close()
+    want = done.stage.view.batch(0, len(got)).tokens
+    assert torch.equal(got, want) and done.state.tokens == got.numel()
+    assert plan.before(done.state.step - 1) * 32 < 640 <= done.state.tokens
+
+
+# ----------------------------------------------------------------------------- guard, NaN, replay
+
+
+def test_the_guard_refuses_spikes_and_remembers() -> None:
+    run = RunConfig(spike_sigma=6.0, spike_window=16)
+    guard, gen = Guard(run), torch.Generator().manual_seed(0)
+    for _ in range(40):  # ordinary noise passes
+        value = 3 + 0.1 * float(torch.randn((), generator=gen))
+        assert guard.refuses(value, value) is None
+    assert guard.refuses(4.5, 3.0) == "loss" and guard.refuses(3.0, 4.5) == "grad_norm"
+    again = Guard(run)
+    again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert again.refuses(4.5, 3.0) == "loss"  # the spike before it did not widen the band
+    assert again.refuses(1.0, 3.0) is None  # a fall is welcome
+    assert again.refuses(math.nan, 3.0) == NOT_FINITE and again.counts == {
+        "loss": 2,
+        "grad_norm": 1,
+        NOT_FINITE: 1,
+    }
+    assert Guard(RunConfig()).refuses(1e30, 1.0) is None  # off by default
+
+
+def test_a_spike_is_skipped_counted_and_logged(request_of, monkeypatch) -> None:
+    import train.loop
+
+    real, calls = train.loop.clip, []
+
+    def sometimes(params, limit):
+        calls.append(1)
+        return 1e6 if len(calls) == 11 else real(params, limit)
+
+    monkeypatch.setattr(train.loop, "clip", sometimes)
+    done = Fit(request_of("run", "run={spike_sigma: 100.0, spike_window: 8}"))
+    (skip,) = (r for r in done.records if r.get("event") == "skip")
+    assert (
+        skip["reason"] == "grad_norm" and skip["step"] == 11 and done.state.guard.counts == {"grad_norm": 1}
+    )
+    assert done.state.skipped == 1 and not (done.stage.folder / "replay").exists()
+
+
+def test_a_step_that_is_not_finite_is_kept_and_replayed(request_of, monkeypatch, capsys) -> None:
+    """A weight that overflows: the replay finds the block, and in the same place."""
+    import train.loop
+    from train.pretrain import main
+    from train.replay import replay
+
+    real = train.loop.train_step
+
+    def poisoned(state, *rest):
+        if state.step == 6:
+            with torch.no_grad():
+                state.model.bank["b1_mlp"].block.down_proj.weight[0, 0] = math.inf
+        elif state.step == 7:
+            with torch.no_grad():
+                state.model.bank["b1_mlp"].block.down_proj.weight[0, 0] = 0.0
+        return real(state, *rest)
+
+    monkeypatch.setattr(train.loop, "train_step", poisoned)
+    done = Fit(request_of("run"))
+    folder = done.stage.folder / "replay"
+    assert done.finished and done.state.guard.counts == {NOT_FINITE: 1}
+    from rich.console import Console
+
+    found = replay(folder, [], Console())
+    assert found["step"] == 6 and found["first"] == "bank.b1_mlp" and found["gradients"]
+    assert main(["--replay", str(folder)]) == 0 and "bank.b1_mlp" in capsys.readouterr().out
+    assert main(["--replay", str(folder / "nothing")]) == 2
+    assert "no step kept for replay" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------- what is looked at
+
+
+def test_ema_follows_its_formula_and_is_evaluated_and_saved(request_of) -> None:
+    from train.ema import Ema
+
+    model = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema, want = Ema(model, 0.5), torch.zeros(1, 2)
+    for n in range(1, 12):
+        with torch.no_grad():
+            model.weight.fill_(float(n))
+        ema.update()
+        d = min(0.5, (1 + n) / (10 + n))
+        want = d * want + (1 - d) * n
+    torch.testing.assert_close(ema.weights["weight"], want)
+    with ema.applied():
+        assert torch.equal(model.weight.detach(), ema.weights["weight"])
+    assert torch.equal(model.weight.detach(), torch.full((1, 2), 11.0))
+    done = Fit(request_of("run", "run.ema=0.9"))
+    last = [r for r in done.records if r["kind"] == "eval"][-1]
+    assert last["ema"]["loss"] != last["loss"] and abs(last["ema"]["loss"] - last["loss"]) < 1.0
+    saved = checkpoint.load(checkpoint.saved(done.stage.folder)[0]).train["ema"]["weights"]
+    assert equal(saved, done.state.ema.weights)
+
+
+def test_statistics_of_every_site_and_sample_text_on_demand(request_of) -> None:
+    done = Fit(request_of("run", "run={stats_every: 6}", arch="mixed"))
+    records = [r for r in done.records if r["kind"] == "sites"]
+    assert [r["step"] for r in records] == [6, 12]
+    visits = [s for s, m in done.state.model.plan.sites().items() if s in records[0]["activations"]]
+    assert len(visits) > 4 and all(v["rms"] > 0 for v in records[0]["activations"].values())
+    assert any(name.endswith("usage") for name in records[0]["stats"])
+
+
+def test_profile_and_samples_by_command(place, data, monkeypatch, capsys) -> None:
+    from train.metrics import read
+    from train.pretrain import main
+
+    monkeypatch.chdir(place)
+    words = ["--arch", "tiny.yaml", "--data", str(data), "--profile", "2", "--set", "run.sample=8"]
+    assert main(words) == 0
+    trace = json.loads((place / "runs" / "tiny" / "profile" / "trace.json").read_text())
+    assert trace["traceEvents"]
+    assert "aten::" in (place / "runs" / "tiny" / "profile" / "operators.txt").read_text()
+    samples = [r["step"] for r in read(place / "runs" / "tiny") if r["kind"] == "sample"]
+    assert samples == [0, 4, 8, 12]
+
+
+# ----------------------------------------------------------------------------- decay from anywhere
+
+
+def test_decay_starts_from_any_checkpoint(request_of) -> None:
+    """A branch with --init-from is, step for step, the run that decays there; so is --resume."""
+    sets = ("run={steps: 24, keep: 9}", "schedule={warmup: 2, decay: 6}")
+    Fit(request_of("trunk", *sets), stop_after=8)
+    trunk = request_of("trunk").run
+    branch = Fit(request_of("branch", *sets, init_from=trunk, decay_now=True))
+    rates = [(r["step"], r["lr"]) for r in branch.records if r["kind"] == "train"]
+    assert branch.finished and branch.state.step == 14  # 8 + 6
+    assert rates[-1][1] == pytest.approx(1e-2 / 7, rel=1e-6)
+    assert branch.state.tokens == 14 * 128
+    here = Fit(request_of("trunk", *sets, resume=True, decay_now=True))
+    assert equal(branch.tensors(), here.tensors())
+    Fit(
+        request_of("again", *sets, init_from=trunk / "checkpoints" / "step_00000008", decay_now=True),
+        stop_after=11,
+    )
+    rest = Fit(request_of("again", *sets, resume=True))
+    assert equal(branch.tensors(), rest.tensors())
+
+
+def test_decay_now_is_refused_where_it_means_nothing(request_of) -> None:
+    from train.errors import UserError
+
+    with pytest.raises(UserError, match="--resume or with --init-from"):
+        Fit(request_of("a", decay_now=True))
+    with pytest.raises(UserError, match="no decay"):
+        Fit(request_of("b", "schedule.kind=cosine", decay_now=True))
+    done = Fit(request_of("c"))
+    with pytest.raises(UserError, match="the decay began at step"):
+        Fit(request_of("d", init_from=done.stage.folder, decay_now=True))
+    with pytest.raises(UserError, match=r"run\.batch"):
+        Fit(request_of("e", "run.batch=2", init_from=done.stage.folder, decay_now=True))
+
+
+BAD = {
+    "kahan in fp32": ("optim={name: lion, kahan: true}", "precision"),
+    "schedule-free with a decay": ("optim.name=schedulefree", "schedule.kind"),
+    "release in pieces": ("optim={name: adalomo, release: true, clip: 0.0}", "run.micro"),
+    "release with clipping": ("optim={name: adalomo, release: true}", "clip: 0"),
+    "selection without a reference": ("select.rho={keep: 0.5}", "ref"),
+    "selection without its sidecar": ("select.rho={ref: nothing}", "no finished sidecar"),
+    "unknown site": ("activations.checkpoint=[mpl]", "did you mean 'mlp'"),
+    "unknown network": ("nowcast={every: 2, net: nowhere.safetensors}", "holds no network"),
+    "width that cannot be": ("optim.mup.base=7", "cannot be built at width 7"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values_are_refused_before_anything_is_written(place, data, monkeypatch, capsys, case) -> None:
+    from train.pretrain import main
+
+    monkeypatch.chdir(place)
+    sets, expected = BAD[case]
+    assert main(["--arch", "tiny.yaml", "--data", str(data), "--set", sets]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and "Traceback" not in error and not (place / "runs").exists()
+
+
+def test_config_errors_name_the_key() -> None:
+    from model.config import load
+
+    with pytest.raises(ConfigError, match=r"run\.ema"):
+        load({"dim": 8, "stack": ["mlp"], "run": {"ema": 1.0}})

@@ -1,0 +1,43 @@
+"""Training options that do not go together; each is refused before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from model.schema import Config, ConfigError
+from train.feed import micro_rows
+from train.world import World
+
+
+def check(config: Config, world: World) -> None:
+    """Raises ConfigError with everything that is wrong."""
+    rows = micro_rows(config.run, world)
+    if errors := [f"{config.name}: {line}" for line in _clashes(config, world, rows)]:
+        raise ConfigError(errors)
+
+
+def _clashes(config: Config, world: World, rows: int) -> Iterator[str]:
+    run, optim = config.run, config.optim
+    if optim.name == "schedulefree":
+        if config.schedule.kind != "constant":
+            yield "optim.name: schedulefree replaces the decay; set schedule.kind to constant"
+        if run.ema:
+            yield "run.ema: schedulefree evaluates and saves an average already"
+        if config.nowcast.every:
+            yield "nowcast: schedulefree keeps two sets of weights; a jump would move one of them"
+    if optim.kahan and run.precision != "bf16":
+        yield "optim.kahan: weights in bf16 need run.precision: bf16"
+    if optim.release:
+        if world.size > 1:
+            yield "optim.release: on one rank only; gradients that are exchanged must wait for each other"
+        if rows < run.batch:
+            yield (
+                f"optim.release: a gradient is used up at once, but the step is cut into micro batches of "
+                f"{rows} of {run.batch} sequences; set run.micro: {run.batch}, or a smaller run.batch"
+            )
+        if run.spike_sigma:
+            yield "run.spike_sigma: with optim.release a step is taken before its gradient norm is known"
+        if optim.wiener:
+            yield "optim.wiener: with optim.release a step is taken before its gradients are at hand"
+    if config.select.rho is not None and not any(h.shift == 1 for h in config.heads.values()):
+        yield "select.rho: the reference predicts the next token, and no head here does"
