@@ -223,7 +223,8 @@ class SelectedMemory(KVMemory):
     def cost(self, T: int) -> Cost:
         """State bytes as expected: the share `ratio` of the tokens, and what else is recent."""
         token = self.token_bytes() + 9.0  # a position and a flag
-        return Cost(8.0 + (1 - self.ratio) * (self.recent - 1) * token, self.ratio * token)
+        fixed = 8.0 + (1 - self.ratio) * (self.recent - 1) * token
+        return Cost(state_fixed=fixed, state_per_token=self.ratio * token)
 
 
 def make_memory(dim: int, *, keep: dict[str, Any] | None = None, **params: Any) -> KVMemory:

@@ -206,6 +206,22 @@ def test_document_cannot_read_another():
     assert not torch.equal(before[:, 11], after[:, 11])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_key_of_limited_lifetime_is_read_below_its_distance(backend):
+    B, T = 2, 9
+    q, k, v = qkv(B, T, 4, 2, 8)
+    lifetime = torch.randint(1, 6, (B, T), generator=torch.Generator().manual_seed(0))
+    at = Places.of(Docs.whole(B, T))
+    y = attend(q, k, v, at=at, key_at=at, lifetime=lifetime, backend=backend)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    seen = (distance >= 0) & (distance < lifetime[:, None])
+    logits = torch.einsum("bthk,bshk->bhts", q, k.repeat_interleave(2, 2)) * 8**-0.5
+    weight = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+    same(y, torch.einsum("bhts,bshv->bthv", weight, v.repeat_interleave(2, 2)), [q, k, v])
+    plain = attend(q, k, v, lifetime=lifetime, backend=backend)
+    torch.testing.assert_close(plain, y)
+
+
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("window", [None, 100])
 def test_lower_precisions(dtype, tol, window):
