@@ -127,3 +127,32 @@ def test_a_fall_that_is_certain_but_tiny_still_counts_as_flat() -> None:
     assert falling[-1].reached and falling[-1].drop == pytest.approx(0.001)
     fast = Plateau(patience=1)
     assert not any(fast.update([2.0 - 0.02 * t] * 4, 0).reached for t in range(30))
+
+
+def test_from_the_third_stage_a_stage_must_have_spent_its_new_speed() -> None:
+    """A slow but steady fall: flat by the first rule, yet as fast per FLOP as just after the insertion."""
+    config = GrowConfig(when="plateau", tokens_per_param=0.0, patience=1)
+
+    def ends_at(stage: int, falls: list[float], flops: list[float]) -> int | None:
+        rule, loss = Plateau.of(config, 1, stage), 2.0
+        for t, (fall, spent) in enumerate(zip(falls, flops)):
+            loss -= fall
+            if rule.update([loss] * 4, 0, spent).reached:
+                return t
+        return None
+
+    even = [float(t) for t in range(30)]
+    steady = [0.001] * 30
+    slowing = [0.001] * 10 + [0.0002] * 20
+    assert ends_at(2, steady, even) == ends_at(1, steady, even) == 4
+    assert ends_at(3, steady, even) is None
+    found = ends_at(3, slowing, even)
+    assert found is not None and 10 < found < 14
+    dearer = [float(t) if t < 10 else 10.0 + 5 * (t - 10) for t in range(30)]  # the price rises fivefold
+    assert ends_at(3, steady, dearer) is not None
+    rule = Plateau.of(config, 1, 3)
+    for t in range(8):
+        rule.update([2.0 - 0.001 * t] * 4, 0, float(t))
+    again = Plateau.of(config, 1, 3)
+    again.load_state_dict(rule.state_dict())
+    assert again.update([1.99] * 4, 0, 8.0) == rule.update([1.99] * 4, 0, 8.0)
