@@ -10,12 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from train import checkpoint
+from train.errors import UserError
+
 PREFIX = "ema/weights/"  # in a checkpoint's training tensors
+
+
+def load_into(model: nn.Module, folder: Path) -> None:
+    """Give `model` the averaged weights that a checkpoint holds. Raises UserError when it holds none."""
+    tensors = load_file(folder / checkpoint.TRAIN)
+    found = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
+    if not found:
+        raise UserError(f"{folder}: no averaged weights in it; the run was trained without run.ema")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in found:
+                p.copy_(found[name])
 
 
 class Ema:

@@ -33,7 +33,7 @@ from model.heads import shift_weights
 from model.lm import LanguageModel
 from model.schema import Config, ConfigError
 from model.text import Text, tokenizer_of
-from train import checkpoint, rundir
+from train import checkpoint, ema, rundir
 from train.errors import EXIT_USER, UserError
 from train.feed import Micro, cut
 from train.harness import RunScorer
@@ -128,9 +128,14 @@ def _add(sums: Tensor, nats: Tensor, place: Tensor) -> None:
 
 
 def evaluate(
-    run: Path, data_path: Path | None, tokens: int, tasks: Sequence[str] = (), samples: int = 50
+    run: Path,
+    data_path: Path | None,
+    tokens: int,
+    tasks: Sequence[str] = (),
+    samples: int = 50,
+    averaged: bool = False,
 ) -> dict[str, Any]:
-    """All figures of a run as plain data; samples: per task and difficulty.
+    """All figures of a run as plain data; samples: per task and difficulty. averaged: of `run.ema`.
 
     Raises ConfigError, DatasetError or UserError.
     """
@@ -145,6 +150,8 @@ def evaluate(
     data = dataset.open(data_path)
     data.require(vocab=source.config.vocab, identity=source.tokenizer)
     config, lm = source.config, model.load(source.path)
+    if averaged:
+        ema.load_into(lm, source.path)
     step = checkpoint.verify(source.path)
     context = config.run.context
     packing = config.run.packing
@@ -216,12 +223,14 @@ def main(argv: list[str] | None = None) -> int:
         help="mqar, copy, passkey (with options: mqar:pairs=4/8), mmlu, lm-eval:NAME or lm-eval:FILE.yaml",
     )
     p.add_argument("--samples", type=int, default=50, help="per task and difficulty (default 50)")
+    p.add_argument("--ema", action="store_true", help="the averaged weights (run.ema) in place of the last")
     p.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = p.parse_args(argv)
     try:
-        result = evaluate(args.run, args.data, args.tokens, args.tasks, args.samples)
+        result = evaluate(args.run, args.data, args.tokens, args.tasks, args.samples, args.ema)
         if (args.run / rundir.ABOUT).is_file():
-            checkpoint.record(args.run, "evaluation.json", plain(result))
+            name = "evaluation_ema.json" if args.ema else "evaluation.json"
+            checkpoint.record(args.run, name, plain(result))
     except (UserError, ConfigError, DatasetError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER

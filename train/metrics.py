@@ -6,6 +6,7 @@ A record is one line of `metrics.jsonl`:
                       "tokens_per_s", "mfu", "skipped", "seconds"}
     {"kind": "eval",  "step", "tokens", "loss", "losses": {head}, "bpb": {head}, "stats": {...}}
     {"kind": "event", "event": "start" | "resume" | "save" | "plateau" | "skip" | "stop" | "done" | ...}
+    {"kind": "sites", "activations": {site: {"rms", "max"}}, "stats": {...}}
     {"kind": "sample", "text"}
 
 wandb runs in a process of its own that follows the file (`train.mirror`), so it can neither hold up the

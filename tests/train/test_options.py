@@ -13,6 +13,7 @@ from model.sections import BatchWarmup, RunConfig
 from tests.train.conftest import Fit, equal
 from train import checkpoint
 from train.batches import BatchPlan
+from train.errors import UserError
 from train.guard import NOT_FINITE, Guard
 
 WARM = "run.batch_warmup={from: 1, steps: 6}"
@@ -180,6 +181,15 @@ def test_ema_follows_its_formula_and_is_evaluated_and_saved(request_of) -> None:
     assert last["ema"]["loss"] != last["loss"] and abs(last["ema"]["loss"] - last["loss"]) < 1.0
     saved = checkpoint.load(checkpoint.saved(done.stage.folder)[0]).train["ema"]["weights"]
     assert equal(saved, done.state.ema.weights)
+    from train.evaluate import evaluate
+
+    tokens = done.config.run.eval_tokens
+    scores = [
+        evaluate(done.stage.folder, None, tokens, averaged=mean)["heads"]["next"]["nats"] for mean in (0, 1)
+    ]
+    assert scores == pytest.approx([last["losses"]["next"], last["ema"]["losses"]["next"]], rel=1e-5)
+    with pytest.raises(UserError, match=r"run\.ema"):
+        evaluate(Fit(request_of("plain")).stage.folder, None, tokens, averaged=True)
 
 
 def test_statistics_of_every_site_and_sample_text_on_demand(request_of) -> None:
@@ -229,8 +239,6 @@ def test_decay_starts_from_any_checkpoint(request_of) -> None:
 
 
 def test_decay_now_is_refused_where_it_means_nothing(request_of) -> None:
-    from train.errors import UserError
-
     with pytest.raises(UserError, match="--resume or with --init-from"):
         Fit(request_of("a", decay_now=True))
     with pytest.raises(UserError, match="no decay"):
