@@ -29,10 +29,14 @@ TITLES = {"bits_per_byte": "bits/byte", "prefill_ms": "prefill ms"}
 
 @dataclass(frozen=True)
 class Found:
-    """The runs that are compared with each other. data: what they were trained on. cases: {case: its line}, in the sweep's order; runs: {case: {seed: line}}."""
+    """The runs that are compared with each other.
+
+    data: what they were trained on.  bases: {case: the one that it is compared with}.  cases: {case: its line}, in the sweep's order.
+    runs: {case: {seed: line}}.
+    """
 
     data: list[str]
-    base: str
+    bases: dict[str, str]
     cases: dict[str, Line]
     runs: dict[str, dict[int, Line]]
 
@@ -145,18 +149,21 @@ def section(sweep: Sweep, g: Found, out: Path, stem: str) -> list[str]:
 
 def score_table(sweep: Sweep, g: Found, metrics: Sequence[str]) -> list[str]:
     """Every case's scores, and how they differ from the base's."""
+    names = set(g.bases.values())
+    against = next(iter(names)) if len(names) == 1 else "base"
     head = ["case", "seeds"]
     for m in metrics:
-        head += [title(m), f"minus {g.base}", ""]
+        head += [title(m), f"minus {against}", ""]
     rows = []
     for case, runs in g.runs.items():
         cells = [case, str(len(runs))]
         for m in metrics:
             cells.append(number(g.mean(case, m)))
-            if case == g.base:
-                cells += ["", "base"]
+            base = g.bases[case]
+            if case == base or base not in g.runs:
+                cells += ["", "base" if case == base else ""]
                 continue
-            gap = paired(g.values(case, m), g.values(g.base, m))
+            gap = paired(g.values(case, m), g.values(base, m))
             cells += [number(gap, signed=True), verdict(gap, lower(m))]
         rows.append(cells)
     about = [f"- {c}: {sweep.cases[c].about}" for c in g.cases if c in sweep.cases and sweep.cases[c].about]

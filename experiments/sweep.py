@@ -10,7 +10,7 @@
       gla:    {set: {defaults.mixer...}}
       mamba2: {arch: other.yaml, about: "words for the report"}
     grid: {optim.lr: [1e-3, 3e-3]}     # times every case
-    base: gla                          # others are paired against it; default: the first case
+    base: gla                          # others are paired against it (with a grid: at the same values)
     seeds: 3
     budget: {tokens: 1e6}              # or {bytes: 4e6}, {flops: 1e13}, {seconds: 60}
 
@@ -61,8 +61,8 @@ class CaseSpec:
 
 @dataclass(frozen=True)
 class BudgetSpec:
-    """Of one run, exactly one of: training tokens, bytes of text (for datasets of unlike tokenizers), training
-    FLOPs, or seconds of training at the speed that a few steps on this machine show."""
+    """Of one run, exactly one of: training tokens, bytes of text (for datasets of unlike tokenizers),
+    training FLOPs, or seconds of training at the speed that a few steps on this machine show."""
 
     tokens: float | None = None
     bytes: float | None = None
@@ -122,9 +122,13 @@ class Sweep:
     def name(self) -> str:
         return self.path.parent.name if self.path.stem == "sweep" else self.path.stem
 
-    @property
-    def base(self) -> str:
-        return self.spec.base or next(iter(self.cases))
+    def base_of(self, case: str) -> str:
+        """The case that another is compared with: the sweep's base, at the same values of the grid."""
+        base = self.spec.base or next(iter(self.spec.cases))
+        if base in self.cases:
+            return base
+        name = max((n for n in self.spec.cases if case.startswith(n)), key=len)
+        return base + case.removeprefix(name)
 
     @property
     def apart(self) -> bool:
@@ -185,8 +189,8 @@ def mistakes(spec: SweepSpec, cases: Mapping[str, CaseSpec]):
     """What the types do not say."""
     if not spec.cases or not spec.data:
         yield "cases and data: want at least one of each"
-    if spec.base is not None and spec.base not in cases:
-        yield f"base: no case {spec.base!r}; there are {', '.join(cases)}"
+    if spec.base is not None and spec.base not in {*cases, *spec.cases}:
+        yield f"base: no case {spec.base!r}; there are {', '.join(spec.cases)}"
     budget = [k for k, v in vars(spec.budget).items() if v is not None]
     if len(budget) != 1 or getattr(spec.budget, budget[0]) <= 0:
         yield "budget: want exactly one of tokens, bytes, flops and seconds, above 0"

@@ -82,7 +82,7 @@ def test_runs_are_found_again_by_what_they_are(sweep) -> None:
         "longer context=32 on recall, seed 0",
     ]  # fmt: skip
     keys = [found.key(r) for r in found.runs]
-    assert len(set(keys)) == 6 and found.base == "narrow context=32"
+    assert len(set(keys)) == 6 and found.base_of("wide context=32") == "narrow context=32"
     assert found.runs[1].config.dim == 24 and found.runs[1].config.optim.lr == 1e-3
     sweep.write_text(sweep.read_text().replace("seeds: 2", "seeds: 3").replace("as it is", "other words"))
     assert [read(sweep).key(r) for r in read(sweep).runs][:6] == keys  # words and more seeds change none
@@ -94,7 +94,10 @@ def test_runs_are_found_again_by_what_they_are(sweep) -> None:
 MISTAKES = {
     "unknown key": (("seeds: 2", "seed: 2"), "sweep.yaml:13:1 : unknown key 'seed'; did you mean 'seeds'?"),
     "unknown block": (("dim: 24", "stack: [glaa]"), "did you mean 'gla'"),
-    "two budgets": (("tokens: 256", "tokens: 256, seconds: 3"), "exactly one of tokens, bytes, flops and seconds"),
+    "two budgets": (
+        ("tokens: 256", "tokens: 256, seconds: 3"),
+        "exactly one of tokens, bytes, flops and seconds",
+    ),
     "unknown base": (("seeds: 2", "base: broad"), "no case 'broad'"),
     "unknown task": (("mqar:pairs=4/8", "mqar:pair=4"), "no option 'pair'"),
     "unknown measure": (("measure: mqar", "measure: copy"), "'copy' is neither"),
