@@ -31,8 +31,9 @@ TITLES = {"bits_per_byte": "bits/byte", "prefill_ms": "prefill ms"}
 class Found:
     """The runs that are compared with each other.
 
-    data: what they were trained on.  bases: {case: the one that it is compared with}.  cases: {case: its line}, in the sweep's order.
-    runs: {case: {seed: line}}.
+    data:  what they were trained on.
+    bases: {case: the one that it is compared with}.
+    cases: {case: its line}, in the sweep's order.   runs: {case: {seed: line}}.
     """
 
     data: list[str]
