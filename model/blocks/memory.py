@@ -161,7 +161,8 @@ class SelectedMemory(KVMemory):
         shape, device = (batch, capacity or 0), like.device
         kind = GrowingTokens if capacity is None else FixedTokens
         return kind(
-            *(like.new_zeros(*shape, self.heads, self.head_dim) for _ in range(2)),
+            like.new_zeros(*shape, self.heads, self.head_dim),
+            like.new_zeros(*shape, self.heads, self.head_dim),
             torch.full(shape, -1, dtype=torch.int64, device=device),
             torch.zeros(shape, dtype=torch.bool, device=device),
             torch.zeros(batch, dtype=torch.int64, device=device),

@@ -44,7 +44,8 @@ class Mix(Block):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__(dim)
-        pairs = [pair for entry in of or [{name: {}} for name in DEFAULT] for pair in entry.items()]
+        entries: list[dict[str, dict[str, Any]]] = [{name: {}} for name in DEFAULT] if of is None else of
+        pairs = [pair for entry in entries for pair in entry.items()]
         if len(pairs) < 2:
             raise ValueError(f"of: want at least two blocks, got {[name for name, _ in pairs]}")
         if combine not in ("norm", "sum"):

@@ -129,4 +129,5 @@ def _keeps_state(spec: ModuleSpec) -> bool:
     """Whether such a block has a state, tried on the meta device, which takes no memory."""
     with torch.device("meta"):
         block = make_block(spec.name, spec.dim, **spec.params)
-        return block.init_state(1, torch.empty(())) is not None
+        leaves = torch.utils._pytree.tree_leaves(block.init_state(1, torch.empty(())))
+        return any(isinstance(leaf, torch.Tensor) for leaf in leaves)
