@@ -195,6 +195,7 @@ class OuterConfig:
     """The outer loop of the DiLoCo family (train/outer/README.md); none: plain, data-parallel training.
 
     kind:     diloco and streaming: the ranks of one torchrun are the workers; async: one torchrun a worker.
+    workers:  groups that the ranks are cut into, each a worker; 0: every rank is one.
     every:    H, inner steps between two exchanges of a tensor.
     lr, momentum, nesterov: the outer optimizer, SGD with ε and β.
     codec:    how deltas travel: 32, 16, 8 or 4 bits a value, or only the largest (density: their share).
@@ -216,6 +217,7 @@ class OuterConfig:
     """
 
     kind: Literal["none", "diloco", "streaming", "async"] = "none"
+    workers: int = 0
     every: int = 100
     lr: float = 0.7
     momentum: float = 0.9

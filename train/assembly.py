@@ -10,7 +10,7 @@ from model import grow
 from model.config import arch_digest
 from model.lm import LanguageModel
 from model.schema import Config
-from train import activations, checkpoint, optim, outer, rundir
+from train import activations, checkpoint, optim, rundir
 from train.ema import Ema
 from train.errors import UserError
 from train.guard import Guard
@@ -18,6 +18,7 @@ from train.nowcast import Nowcast
 from train.objective import Objective
 from train.optim import mup
 from train.optim.release import Release
+from train.outer import team
 from train.plateau import Plateau
 from train.rundir import Source
 from train.schedule import Schedule
@@ -31,7 +32,7 @@ def assemble(stage: Stage, world: World) -> tuple[TrainState, grow.Growth | None
     """Model, weights, optimizer and counters, as of the newest checkpoint or of the source."""
     config = stage.config
     torch.manual_seed(config.run.seed)
-    saved = checkpoint.newest(stage.folder)[0] if stage.begun else None
+    saved = team.resume_from(stage.folder, world) if team.everywhere(stage.begun, world) else None
     loaded = checkpoint.load(saved) if saved is not None else None
     lm = model.build(config, vocab=stage.data.vocab, rows=stage.data.tokenizer.rows)
     growth, origin, number = None, 0, 1
@@ -63,7 +64,7 @@ def assemble(stage: Stage, world: World) -> tuple[TrainState, grow.Growth | None
         optimizer,
         Schedule(config.schedule, config.run.steps),
         Plateau.of(config.grow, trainable, number),
-        outer.make(config.outer),
+        team.make(config, lm, world, stage.folder, stage.view.id),
         Guard(config.run),
         Ema(lm, config.run.ema),
         None if objective.plain else objective,

@@ -59,15 +59,16 @@ def padded(docs: Docs, lengths: Tensor) -> Docs:
     return Docs.from_segments(torch.where(keep, docs.segments, -1), docs.positions * keep)
 
 
-def micro_rows(run: RunConfig, world: World) -> int:
+def micro_rows(run: RunConfig, world: World, parts: int = 1) -> int:
     """Rows of a micro batch: as configured, or an even cut into about MICRO_TOKENS tokens.
 
     Raises ConfigError when the global batch does not divide among the ranks.
     """
     for size in sorted(BatchPlan(run).sizes):
-        if size % world.size:
-            raise ConfigError([f"run.batch: {size} sequences do not divide among {world.size} ranks"])
-    mine = run.batch // world.size
+        if size % (world.size * parts):
+            among = f"{world.size * parts} ranks" if parts == 1 else f"{parts} workers of {world.size} ranks"
+            raise ConfigError([f"run.batch: {size} sequences do not divide among {among}"])
+    mine = run.batch // (world.size * parts)
     if run.micro:
         return min(run.micro, mine)
     pieces = -(-mine * run.context // MICRO_TOKENS)
@@ -77,19 +78,23 @@ def micro_rows(run: RunConfig, world: World) -> int:
 class Feed:
     """This rank's micro batches, read ahead by a thread; the step is the only state."""
 
-    def __init__(self, view: View, run: RunConfig, world: World, ahead: int = 2) -> None:
+    def __init__(self, view: View, run: RunConfig, world: World, ahead: int = 2, parts: int = 1) -> None:
+        """parts: workers, or shards, that every batch is divided among; `micros` says whose it wants."""
         self.view: Samples = view
         plan = BatchPlan(run)
         if len(plan.stages) > 1:
             self.view = Staged(view, plan)
-        self.rows = micro_rows(run, world)
-        self._loader = Loader(self.view, run.batch, world.rank, world.size, ahead=ahead, device=world.device)
+        self.rows = micro_rows(run, world, parts)
+        self.world = world
+        size = parts * world.size
+        self._loader = Loader(self.view, run.batch, world.rank, size, ahead=ahead, device=world.device)
 
-    def micros(self, step: int) -> list[Micro]:
+    def micros(self, step: int, part: int = 0) -> list[Micro]:
         """The micro batches of an optimizer step. Steps are usually asked for in order."""
-        if self._loader.step != step:
+        rank = part * self.world.size + self.world.rank
+        if (self._loader.step, self._loader.rank) != (step, rank):
             self._loader.close()
-            self._loader.step = step
+            self._loader.step, self._loader.rank = step, rank
         return cut(next(self._loader), self.rows)
 
     def close(self) -> None:

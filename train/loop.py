@@ -50,9 +50,10 @@ def fit(state: TrainState, data: Feed, hooks: Hooks, config: Config, world: Worl
     run = config.run
     if state.step == 0:
         hooks.evaluate(state)  # a grown model must start where the smaller one ended
-    while state.step < state.schedule.total:
+    while not state.outer.finished(state):
         began = time.perf_counter()
-        micros = data.micros(state.step)
+        place = state.outer.place(state.step)
+        micros = data.micros(place.step, place.part)
         result = train_step(state, micros, config, world)
         if result.refused:
             hooks.refused(state, micros, result)
@@ -60,12 +61,12 @@ def fit(state: TrainState, data: Feed, hooks: Hooks, config: Config, world: Worl
         if state.nowcast is not None:
             state.nowcast.maybe_jump(state, hooks.score)
         hooks.after_step(state, _timed(result, began))
-        ended = state.step >= state.schedule.total
+        ended = state.outer.finished(state)
         if ended or _due(state.step, run.eval_every):
             hooks.evaluate(state)  # may find a plateau, and bring the end nearer
-        if _due(state.step, run.save_every) and state.step < state.schedule.total:
+        if _due(state.step, run.save_every) and not ended:
             hooks.save(state)
-        if hooks.stopping() and state.step < state.schedule.total:
+        if state.outer.agree(hooks.stopping()) and not state.outer.finished(state):
             hooks.save(state)
             return False
     hooks.save(state)
@@ -76,10 +77,11 @@ def train_step(state: TrainState, micros: Sequence[Micro], config: Config, world
     """One optimizer step. micros: this rank's share of the global batch."""
     lm = state.model
     sequences = world.size * sum(len(m.tokens) for m in micros)
-    lr = config.optim.lr * state.schedule.factor(state.step)
-    lm.advance(state.step, state.step / state.schedule.total)
+    part, at = state.outer.place(state.step)
+    lr = config.optim.lr * state.schedule.factor(at)
+    lm.advance(at, at / state.schedule.total)
     state.begin_step(lr)
-    seed_step(config.run.seed, state.step, world.rank)
+    seed_step(config.run.seed, at, part * world.size + world.rank)
     norms = global_counts(state, micros, world)
     divisors = {head: max(count, 1e-9) for head, count in norms.items()}
     sums = accumulate(state, micros, divisors, 1.0 / sequences, config, world)

@@ -32,7 +32,17 @@ from train.errors import CheckpointError, UserError, disk_full, is_disk_full
 CONFIG, ABOUT, STATUS, TOKENIZER = "config.yaml", "run.json", "status.json", "tokenizer.json"
 # Keys that change what is written and when, or only where the same sums are formed: they may differ on
 # --resume, as the number of ranks may.
-FREE = ("wandb", "run.log_every", "run.save_every", "run.keep", "run.parallel", "run.shard", "run.reshard")
+FREE = (
+    "wandb",
+    "run.log_every",
+    "run.save_every",
+    "run.keep",
+    "outer.server",
+    "outer.secret_file",
+    "run.parallel",
+    "run.shard",
+    "run.reshard",
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ def exists(run: Path) -> bool:
     """Whether the folder holds a run; raises UserError when it holds anything else."""
     if (run / CONFIG).is_file():
         return True
-    if run.exists() and (not run.is_dir() or any(p.name != ".lock" for p in run.iterdir())):
+    if run.exists() and (not run.is_dir() or any(p.name not in (".lock", "workers") for p in run.iterdir())):
         raise UserError(f"{run}: is not empty and holds no run; give another folder with --run")
     return False
 

@@ -21,6 +21,7 @@ from train.feed import Feed
 from train.hooks import RunHooks, Signals
 from train.loop import fit
 from train.metrics import Log, peak_flops, rewind
+from train.outer import team
 from train.sampling import sample
 from train.stage import Request, Stage, prepare
 from train.state import TrainState
@@ -59,10 +60,12 @@ def _complain(message: str, code: int) -> int:
 
 def run_stage(request: Request, arch: str, world: World, signals: Signals) -> int:
     """One run from its first step, or from its newest checkpoint, to its end. Returns the exit code."""
+    world = team.divide(world, arch, request.sets)
     stage = prepare(request, arch, world)
     if request.dry_run:
         return dry_run(stage, world)
-    if stage.begun and rundir.status_of(stage.folder)["status"] == "complete":
+    complete = stage.begun and rundir.status_of(stage.folder)["status"] == "complete"
+    if team.everywhere(complete, world):
         if world.main:
             print(f"{stage.folder}: already complete")
         return 0
@@ -70,7 +73,7 @@ def run_stage(request: Request, arch: str, world: World, signals: Signals) -> in
     with ExitStack() as stack:
         world.on_main(lambda: stack.enter_context(rundir.locked(stage.folder)))
         world.on_main(lambda: begin(stage, state))
-        log = Log(stage.folder, world.main, state.schedule.total, stage.config.wandb)
+        log = Log(stage.folder, world.main, state.schedule.total, stage.config.wandb, quiet=world.worker > 0)
         stack.callback(log.close)
         announce(stage, state, growth, log)
         return train(stage, state, log, world, signals, request.profile)
@@ -132,11 +135,12 @@ def train(stage: Stage, state: TrainState, log: Log, world: World, signals: Sign
     tracer = Tracer(stage.folder, profile, world.main)
     tokenizer = stage.data.tokenizer
     hooks = RunHooks(stage.folder, config, stage.heldout, log, world, signals, peak, tokenizer, tracer)
-    feed = Feed(stage.view, config.run, world)
+    feed = Feed(stage.view, config.run, world, parts=team.parts(config, world))
     where: Any = lambda: {"step": state.step, "total": state.schedule.total, "tokens": state.tokens}  # noqa: E731
     try:
         if not stage.begun or state.step == 0:
             hooks.save(state)  # a full disk shows before hours of work, and growth has its starting point
+        state.outer.begin(state)
         with tracer:
             finished = fit(state, feed, hooks, config, world)
     except Diverged:
@@ -144,6 +148,7 @@ def train(stage: Stage, state: TrainState, log: Log, world: World, signals: Sign
         raise
     finally:
         feed.close()
+        state.outer.close()
     if finished:
         sample(state, config, stage.heldout, tokenizer, log, world)
     event = "done" if finished else "stop"

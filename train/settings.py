@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 from model.schema import Config, ConfigError
 from train.feed import micro_rows
+from train.outer import team
 from train.world import World
 
 
 def check(config: Config, world: World) -> None:
     """Raises ConfigError with everything that is wrong."""
-    rows = micro_rows(config.run, world)
+    rows = micro_rows(config.run, world, team.parts(config, world))
     if errors := [f"{config.name}: {line}" for line in _clashes(config, world, rows)]:
         raise ConfigError(errors)
 

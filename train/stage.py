@@ -19,6 +19,7 @@ from model.schema import Config, ConfigError
 from train import checkpoint, rundir, settings
 from train.batches import BatchPlan
 from train.errors import UserError
+from train.outer import team
 from train.rundir import Source
 from train.world import World
 
@@ -67,7 +68,7 @@ def prepare(request: Request, arch: str, world: World) -> Stage:
     view = training_view(config, data)
     config = settle(config, data, view)
     settings.check(config, world)
-    folder = request.folder(config)
+    folder = team.folder(request.folder(config), world)
     begun = rundir.exists(folder)
     if begun and not request.dry_run:
         rundir.check_same(folder, config, data)
@@ -80,7 +81,7 @@ def prepare(request: Request, arch: str, world: World) -> Stage:
             )
     source = None
     if not begun or checkpoint.newest(folder)[0] is None:
-        source = find_source(request, config, folder)
+        source = find_source(request, config, request.folder(config))
     if source is not None:
         data.require(identity=source.tokenizer)
     if request.decay_now:
@@ -145,7 +146,7 @@ def training_view(config: Config, data: Dataset) -> View:
 def heldout_view(config: Config, data: Dataset) -> View | None:
     """Held-out rows in an order of their own, the same for every run; None when nothing was held out."""
     try:
-        return data.view(config.run.context, seed=0, split="heldout")
+        return data.view(config.run.context, seed=0, split="heldout", packing=config.run.packing)
     except DatasetError:
         if config.grow.when == "plateau" or config.nowcast.every:
             raise

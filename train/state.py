@@ -23,7 +23,7 @@ from train.meter import Meter
 from train.nowcast import Nowcast
 from train.objective import Objective
 from train.optim.release import Release
-from train.outer import Outer
+from train.outer.none import NoOuter
 from train.plateau import Plateau
 from train.schedule import Schedule
 from train.sharding import like
@@ -44,7 +44,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     plateau: Plateau
-    outer: Outer
+    outer: NoOuter
     guard: Guard
     ema: Ema
     objective: Objective | None = None

@@ -47,7 +47,9 @@ AT_LEAST: dict[type, dict[str, int]] = {
     sections.ScheduleConfig: {"warmup": 0, "decay": 0, "final": 0},
     sections.OuterConfig: {
         **dict.fromkeys(("every", "fragments", "shards", "stale"), 1),
-        **dict.fromkeys(("lr", "momentum", "overlap", "blend", "delay", "carry", "grace", "patience"), 0),
+        **dict.fromkeys(
+            ("workers", "lr", "momentum", "overlap", "blend", "delay", "carry", "grace", "patience"), 0
+        ),
     },
     sections.GrowConfig: {
         "delta": 0,

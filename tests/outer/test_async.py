@@ -87,7 +87,7 @@ def work(server: str, name: str, total: int, stop_at: int = 10**9, saved: Any = 
     outer.begin(SimpleNamespace(step=0))
     while not outer.finished(None) and steps < stop_at:
         place = outer.place(steps)
-        outer.tell(loss=inner_step(net, opt, place.shard, place.step))
+        outer.tell(loss=inner_step(net, opt, place.part, place.step))
         steps += 1
         outer.maybe_sync(None)
     out = {"model": values(net), "opt": opt.state_dict(), "outer": outer.state_dict(), "steps": steps}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,13 +23,7 @@ from train.outer.codec import Sender
 from train.outer.coordinator import Lease, Terms
 from train.outer.frames import secret_of
 from train.outer.layout import Fragment
-
-
-class Place(NamedTuple):
-    """Where in the data order, and in the schedule, the next step is."""
-
-    shard: int
-    step: int
+from train.outer.none import NoOuter, Place
 
 
 def terms_of(config: OuterConfig, parts: Sequence[Fragment], total: int) -> Terms:
@@ -40,7 +34,7 @@ def terms_of(config: OuterConfig, parts: Sequence[Fragment], total: int) -> Term
     return Terms(n=n, total=total, plain_from=plain, **{name: getattr(config, name) for name in names})
 
 
-class Async:
+class Async(NoOuter):
     """One worker. `lead` runs an action on the rank that holds the line and gives all ranks its result.
 
     A worker that was killed and comes back finds its lease gone to another or still its own; either way it

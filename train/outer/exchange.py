@@ -10,13 +10,15 @@ bit for every codec, and a worker sends 2 (k-1)/k of a coded vector, as a ring w
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from train.errors import UserError
 from train.outer import arrays, rules
 from train.outer.arrays import Array
 from train.outer.codec import Codec, Sender
@@ -113,7 +115,8 @@ class Collective:
 
         send = torch.from_numpy(np.concatenate(parts))
         out = torch.empty_like(send)
-        dist.all_to_all_single(out, send, group=self.group)
+        with _named():
+            dist.all_to_all_single(out, send, group=self.group)
         return list(out.numpy().reshape(self.size, -1))
 
     def share(self, part: np.ndarray) -> list[np.ndarray]:
@@ -121,8 +124,22 @@ class Collective:
         import torch.distributed as dist
 
         out = torch.empty(self.size * part.size, dtype=torch.uint8)
-        dist.all_gather_into_tensor(out, torch.from_numpy(part), group=self.group)
+        with _named():
+            dist.all_gather_into_tensor(out, torch.from_numpy(part), group=self.group)
         return list(out.numpy().reshape(self.size, -1))
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """A broken collective as a sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"an exchange between workers failed ({str(error).splitlines()[0][:120]}); a worker has left or "
+            f"the network is down. Start all of them again with --resume, or use outer.kind: async, where "
+            f"workers may come and go"
+        ) from error
 
 
 class Channel:

@@ -23,9 +23,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+def _own(t: Tensor) -> Tensor:
+    """The part of a sharded tensor that is here; others as they are."""
+    return (t.to_local() if hasattr(t, "to_local") else t).detach()
+
+
 @dataclass(frozen=True)
 class Fragment:
-    """names and tensors in order; `plain`: statistics, averaged without momentum."""
+    """names and tensors in order; `plain`: statistics, averaged without momentum.
+
+    Of sharded tensors the part on this rank travels: the same rank of every worker has the same part.
+    """
 
     names: list[str]
     tensors: list[Tensor]
@@ -33,14 +41,14 @@ class Fragment:
 
     @property
     def size(self) -> int:
-        return sum(t.numel() for t in self.tensors)
+        return sum(_own(t).numel() for t in self.tensors)
 
     def get(self, offload: bool = True) -> Array:
         """A fresh fp32 vector [N] (fp64 when the tensors are)."""
         import torch
 
         with torch.no_grad():
-            flat = torch.cat([t.detach().reshape(-1) for t in self.tensors])
+            flat = torch.cat([_own(t).reshape(-1) for t in self.tensors])
             return arrays.from_tensor(flat if flat.dtype == torch.float64 else flat.float(), offload)
 
     def put(self, vector: Array) -> None:
@@ -51,7 +59,7 @@ class Fragment:
             raise ValueError(f"a vector of {vector.shape} values for a fragment of {self.size}")
         source, at = arrays.to_tensor(vector), 0
         with torch.no_grad():
-            for t in self.tensors:
+            for t in map(_own, self.tensors):
                 t.copy_(source[at : at + t.numel()].view(t.shape))
                 at += t.numel()
 

@@ -22,7 +22,9 @@ from train.outer import arrays, codec, layout, rules
 from train.outer.arrays import Array
 from train.outer.exchange import Channel, Comm, Traffic
 from train.outer.layout import Fragment
+from train.outer.none import NoOuter, Place
 from train.outer.rules import PLAIN, Step
+from train.world import World
 
 CARD = 512  # bytes of a roll-call card
 
@@ -75,13 +77,19 @@ class Replica:
         self.dropped = int(state["dropped"])
 
 
-class Lockstep:
+class Lockstep(NoOuter):
     """Base of the outer loops in which all workers meet. identity: what must be equal to train together."""
 
     def __init__(
-        self, config: OuterConfig, parts: Sequence[Fragment], comm: Comm, identity: Mapping[str, str]
+        self,
+        config: OuterConfig,
+        parts: Sequence[Fragment],
+        comm: Comm,
+        identity: Mapping[str, str],
+        world: World | None = None,
     ) -> None:
-        self.config, self.comm = config, comm
+        """world: the ranks of this worker; of a sharded one each keeps the outer state of its shards."""
+        self.config, self.comm, self.world = config, comm, world or World()
         self.identity = {**identity, "tensors": layout.signature(list(parts))}
         self.traffic = Traffic()
         self.replicas = [Replica(f, comm, config, self.traffic) for f in parts]
@@ -124,6 +132,9 @@ class Lockstep:
         self.stop = stopping
         return stopping if self.comm.size == 1 else self.stopped
 
+    def place(self, step: int) -> Place:
+        return Place(self.comm.rank, step)
+
     def _cards(self, card: dict[str, Any]) -> list[dict[str, Any]]:
         text = json.dumps(card).encode()
         if len(text) > CARD:
@@ -137,15 +148,21 @@ class Lockstep:
         return {"sent": t.sent, "received": t.received, "rounds": t.rounds, "dropped": dropped}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "kind": self.config.kind,
-            "replicas": [r.state_dict() for r in self.replicas],
-            "traffic": vars(self.traffic).copy(),
-        }
+        """Called on every rank of a worker: each has what belongs to its part of the tensors."""
+        return {"kind": self.config.kind, "ranks": self.world.gather(self._own_state())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("kind") != self.config.kind:
             raise ValueError(f"outer state of {state.get('kind')!r}, not of {self.config.kind!r}")
+        if len(state["ranks"]) != self.world.size:
+            raise ValueError(f"outer state of {len(state['ranks'])} ranks a worker, not {self.world.size}")
+        self._load_own(state["ranks"][self.world.rank])
+
+    def _own_state(self) -> dict[str, Any]:
+        replicas = [r.state_dict() for r in self.replicas]
+        return {"replicas": replicas, "traffic": vars(self.traffic).copy()}
+
+    def _load_own(self, state: Mapping[str, Any]) -> None:
         for r, saved in zip(self.replicas, state["replicas"], strict=True):
             r.load_state_dict(saved)
         vars(self.traffic).update(state["traffic"])

@@ -1,19 +1,51 @@
-"""The outer loop that does nothing: plain, or data-parallel, training."""
+"""The outer loop that does nothing: plain, or data-parallel, training; and what every outer loop offers."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Place(NamedTuple):
+    """Where the next step is: its part of the data, and its step in the data order and the schedule."""
+
+    part: int
+    step: int
 
 
 class NoOuter:
-    """What every outer loop of the DiLoCo family offers, and nothing behind it."""
+    """The interface of the outer loops, and nothing behind it."""
+
+    def begin(self, state: Any) -> None:
+        """Before the first step, and after a resume: meet the others. Raises UserError."""
+
+    def place(self, step: int) -> Place:
+        """The place of this worker's next step, `step` being the number of those behind it."""
+        return Place(0, step)
 
     def maybe_sync(self, state: Any) -> None:
         """Called after every inner step; may replace the model's parameters."""
 
+    def finished(self, state: Any) -> bool:
+        """Whether the run has had all its steps."""
+        return state.step >= state.schedule.total
+
     def boundary(self, step: int) -> bool:
         """Whether a stage may end, or a model grow, after this many steps."""
         return True
+
+    def agree(self, stopping: bool) -> bool:
+        """Whether to stop now, when this worker would like to."""
+        return stopping
+
+    def tell(self, **report: Any) -> None:
+        """What was logged last: loss, tokens_per_s; for those who watch."""
+
+    def report(self) -> dict[str, Any]:
+        """What a log line says about the outer loop."""
+        return {}
+
+    def close(self) -> None:
+        """Leave the others."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}

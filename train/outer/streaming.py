@@ -13,6 +13,7 @@ from the same parameters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -71,20 +72,23 @@ class Streaming(Lockstep):
             self._start(i, state, state.step)
             self._finish(i, 1.0 if self.config.blend == 1 else 0.0)
 
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     def boundary(self, step: int) -> bool:
         """Fragments are never all equal before the end, so a stage may end anywhere: `_close` sees to it."""
         return True
 
-    def state_dict(self) -> dict[str, Any]:
+    def _own_state(self) -> dict[str, Any]:
         """Waits for what is under way: a mean that has arrived and is not yet due is saved."""
         pending = {}
         for i, (due, job) in self._pending.items():
             stop, mean = job.result()
             pending[str(i)] = {"due": due, "stop": stop, "mean": layout.saved(mean)}
-        return {**super().state_dict(), "pending": pending}
+        return {**super()._own_state(), "pending": pending}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+    def _load_own(self, state: Mapping[str, Any]) -> None:
+        super()._load_own(state)
         for i, entry in state["pending"].items():
             done: Job = Future()
             mean = layout.restored(entry["mean"], self.replicas[int(i)].outer)

@@ -1,0 +1,102 @@
+"""Whole runs under an outer loop: resumed twice in the middle of a round, grown, over gloo, over TCP."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.outer.test_async import SECRET, serving
+from tests.train.conftest import ROOT, Fit, command, data, equal, place, request_of, text_folder
+from train import checkpoint
+
+__all__ = ["data", "place", "request_of", "text_folder"]
+KINDS = {
+    "diloco": "outer={kind: diloco, every: 4, codec: e3m0}",
+    "streaming": "outer={kind: streaming, every: 4, fragments: 2, overlap: 2, codec: int8}",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_twice_in_the_middle_of_rounds(request_of, kind: str) -> None:
+    """Steps 5 and 10 lie inside rounds, with a fragment under way; everything comes out bit-equal."""
+    whole = Fit(request_of("whole", KINDS[kind]))
+    for stop, resume in ((5, False), (10, True)):
+        part = Fit(request_of("parts", KINDS[kind], resume=resume), stop_after=stop)
+        assert part.state.step == stop
+    parts = Fit(request_of("parts", KINDS[kind], resume=True))
+    assert parts.finished and equal(whole.tensors(), parts.tensors())
+    assert whole.losses() == parts.losses()
+    a, b = (f.state.outer.state_dict() for f in (whole, parts))
+    assert repr(a) == repr(b)
+    plain = Fit(request_of("plain"))
+    assert not equal(whole.tensors(), plain.tensors())  # the outer loop did something
+
+
+@pytest.mark.slow
+def test_two_ranks_are_two_workers_that_end_equal_and_grow(place: Path, data: Path) -> None:
+    """torchrun with 2 ranks: two runs, equal parameters at the end of each stage, grown from the same."""
+    archs = ["--arch", place / "small1.yaml", "--arch", place / "small2.yaml"]
+    sets = ["--set", "outer={kind: diloco, every: 3}", "--data", data, "--run-dir", place / "out"]
+    done = command(*archs, *sets, cwd=place, ranks=2)
+    assert done.returncode == 0, done.stderr
+    for stage in ("small1", "small2"):
+        folders = [place / "out" / stage, place / "out" / stage / "workers" / "1"]
+        models = [checkpoint.load(checkpoint.saved(f)[0]).model for f in folders]
+        assert equal(*models)
+        losses = [(f / "metrics.jsonl").read_text() for f in folders]
+        assert losses[0] != losses[1]  # they saw different data
+    last = [json.loads(x) for x in losses[0].splitlines() if '"train"' in x][-1]
+    frozen = checkpoint.load(checkpoint.saved(place / "out" / "small2")[0])
+    trained = sum(r["outer"].numel() for r in frozen.train["outer"]["ranks"][0]["replicas"])
+    everything = sum(t.numel() for t in frozen.model.values())
+    assert trained < everything  # the frozen shell stays at home
+    # Rounds at steps 3, 6 and at the end, 8: each sends 2 (k-1)/k * 4P = 4P.
+    assert last["outer"]["rounds"] == 3 and last["outer"]["sent"] == 3 * 4 * (trained + trained % 2)
+
+
+@pytest.mark.slow
+def test_a_worker_over_tcp_is_killed_and_comes_back(place: Path, data: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle of training, resumed: the run ends, every shard has its steps, no push twice."""
+    env = {**os.environ, "LATENT_LAB_SECRET": SECRET.decode(), "OMP_NUM_THREADS": "1"}
+    with serving(tmp_path / "server") as server:
+        outer = f"outer={{kind: async, every: 3, server: '127.0.0.1:{server.address[1]}', heartbeat: 60.0}}"
+        words = [sys.executable, str(ROOT / "train" / "pretrain.py"), "--arch", str(place / "tiny.yaml")]
+        words += ["--data", str(data), "--run", str(place / "w"), "--set", outer, "--set", "run.steps=200"]
+        words += ["--set", "run.save_every=5", "--set", "run.eval_every=0"]
+        process = subprocess.Popen(words, cwd=place, env=env, stdout=subprocess.DEVNULL)
+        end = time.monotonic() + 200
+        while time.monotonic() < end and (server.core is None or server.core.version < 12):
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert server.core is not None and 12 <= server.core.version < 60
+        again = subprocess.run([*words, "--resume"], cwd=place, env=env, capture_output=True, timeout=300)
+        assert again.returncode == 0, again.stderr
+        assert server.core.done and server.core.visited == [200]
+        (w,) = server.core.workers.values()
+        assert server.core.version == w.counts["applied"]
+        theta = torch.from_numpy(server.core.theta)
+    model = checkpoint.load(checkpoint.saved(place / "w")[0]).model
+    names = [n for n in model if model[n].is_floating_point()]
+    assert sum(model[n].numel() for n in names) >= theta.numel()
+    assert threading.active_count() < 20
+
+
+def test_user_errors_end_with_2(place: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENT_LAB_SECRET", SECRET.decode())
+    from train.pretrain import main
+
+    sets = "outer={kind: async, server: '127.0.0.1:9', patience: 0.2}"
+    words = ["--arch", str(place / "tiny.yaml"), "--data", str(data), "--run", str(place / "x"), "--set"]
+    assert main([*words, sets]) == 2
+    monkeypatch.delenv("LATENT_LAB_SECRET")
+    assert main([*words, sets, "--resume"]) == 2
