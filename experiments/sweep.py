@@ -181,7 +181,8 @@ def expand(spec: SweepSpec) -> dict[str, CaseSpec]:
             chosen = dict(zip(spec.grid, values))
             suffix = "".join(f" {key.rpartition('.')[2]}={value}" for key, value in chosen.items())
             patch = {**dotted(case.set_), **chosen}
-            out[name + suffix] = CaseSpec(patch, case.arch, case.after, case.on, case.about)
+            after = case.after + suffix if case.after in spec.cases else case.after
+            out[name + suffix] = CaseSpec(patch, case.arch, after, case.on, case.about)
     return out
 
 

@@ -64,7 +64,7 @@ def follow(run: Path, send: Any, ended: threading.Event) -> None:
                     position = file.tell()
                     record = json.loads(line)
                     kind, step = record.pop("kind"), record.pop("step")
-                    if kind in ("train", "eval"):
+                    if kind not in ("event", "sample"):
                         send({f"{kind}/{k}": v for k, v in flat(record).items()}, step)
         if last:
             return

@@ -92,7 +92,7 @@ def test_runs_are_found_again_by_what_they_are(sweep) -> None:
 
 
 MISTAKES = {
-    "unknown key": (("seeds: 2", "seed: 2"), "sweep.yaml:13:1 : unknown key 'seed'; did you mean 'seeds'?"),
+    "unknown key": (("seeds: 2", "seed: 2"), "sweep.yaml:11:1: unknown key 'seed'; did you mean 'seeds'?"),
     "unknown block": (("dim: 24", "stack: [glaa]"), "did you mean 'gla'"),
     "two budgets": (
         ("tokens: 256", "tokens: 256, seconds: 3"),
@@ -112,8 +112,7 @@ def test_mistakes_are_named_with_their_place(sweep, what) -> None:
     with pytest.raises(ConfigError) as caught:
         read(sweep)
     shown = str(caught.value)
-    assert message.replace(" : ", " ").replace(":1 ", ":1") in shown.replace(":1 ", ":1"), shown
-    assert "sweep.yaml" in shown
+    assert message in shown and "sweep.yaml" in shown
 
 
 def test_a_changed_base_is_named_and_refused(sweep, capsys) -> None:
