@@ -117,13 +117,13 @@ class ThriftyLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(x)
-        weight, bias, device = self.weight, self.bias, x.device.type
+        device = x.device.type
+        parts: list[Tensor | None] = [x, self.weight, self.bias]
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            x, weight = x.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+            parts = [None if part is None else part.to(dtype) for part in parts]
         with torch.autocast(device, enabled=False):
-            return _Linear.apply(x, weight, bias, self.bits, self.generator)
+            return _Linear.apply(*parts, self.bits, self.generator)
 
 
 def install(lm: LanguageModel, config: ActivationsConfig, device: torch.device) -> Noise | None:
