@@ -1,4 +1,4 @@
-"""`python -m train status RUN...` and `python -m train report RUN... [--out DIR]`."""
+"""`python -m train status RUN...|HOST:PORT`, `python -m train report RUN... [--out DIR]`, `... serve`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from train import rundir
 from train.errors import EXIT_USER, UserError
 from train.hooks import duration
 from train.metrics import read
+from train.outer import watch as outer_watch
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m train", description="Look at training runs.")
     commands = p.add_subparsers(dest="command", required=True)
+    commands.add_parser("serve", help="the server of outer.kind: async", add_help=False)
     status = commands.add_parser("status", help="where runs stand")
-    status.add_argument("runs", type=Path, nargs="+", help="run folders, or folders of runs")
+    status.add_argument("runs", type=Path, nargs="+", help="run folders, folders of runs, or HOST:PORT")
+    status.add_argument("--secret-file", default=None, help="of a server (default: $LATENT_LAB_SECRET)")
     status.add_argument(
         "--watch",
         type=float,
@@ -36,9 +39,14 @@ def main(argv: list[str] | None = None) -> int:
     report = commands.add_parser("report", help="a page with plots and sample text")
     report.add_argument("runs", type=Path, nargs="+", help="run folders, in the order they grew")
     report.add_argument("--out", type=Path, default=None, help="folder of the page (default: RUN/report)")
-    args = p.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["serve"]:
+        return outer_watch.serve(words[1:])
+    args = p.parse_args(words)
     try:
-        if args.command == "status":
+        if args.command == "status" and outer_watch.is_address(str(args.runs[0])):
+            outer_watch.status(str(args.runs[0]), args.secret_file, live=bool(args.watch))
+        elif args.command == "status":
             watch(args.runs, args.watch) if args.watch else Console().print(status_table(args.runs))
         else:
             from train.report import write  # plotting takes a while to import

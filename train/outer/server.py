@@ -39,6 +39,7 @@ class Server:
         listen: tuple[str, int],
         say: Callable[[str], None] = print,
         snapshot_every: int = 200,
+        until_done: bool = False,
     ) -> None:
         self.secret, self.say, self.folder = secret, say, folder
         self.journal = Journal(folder, snapshot_every)
@@ -50,6 +51,7 @@ class Server:
         self._past = 0.0
         self._began = time.monotonic()
         self._stop = threading.Event()
+        self._until_done = until_done
         self._recover()
         self._log = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         try:
@@ -116,6 +118,8 @@ class Server:
                 core, now = self.core, self.now()
                 if core is None:
                     continue
+                if self._until_done and core.done and not self._open:
+                    self._stop.set()  # every worker has heard so, and has left
                 due = core.due()
                 if due is not None and now >= due:
                     self._event("close")
