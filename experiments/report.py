@@ -87,10 +87,9 @@ def group(sweep: Sweep, lines: Iterable[Line], data: Sequence[str]) -> Found:
         if line["kind"] == "run":
             runs.setdefault(line["case"], {})[line["seed"]] = line
     order = [c for c in sweep.cases if c in runs and c in known]
-    base = sweep.base if sweep.base in order else (order[0] if order else "")
-    return Found(
-        list(data), base, {c: known[c] for c in order}, {c: dict(sorted(runs[c].items())) for c in order}
-    )
+    bases = {c: sweep.base_of(c) for c in order}
+    by_seed = {c: dict(sorted(runs[c].items())) for c in order}
+    return Found(list(data), bases, {c: known[c] for c in order}, by_seed)
 
 
 def preface(sweep: Sweep, groups: Sequence[Found]) -> list[str]:

@@ -229,7 +229,7 @@ def resolve(path: Path, spec: SweepSpec, name: str, case: CaseSpec) -> tuple[Con
         root, _ = sources.gather(arch, sets, search, errors)
         config = load(arch, sets, search)
     except ConfigError as error:
-        raise ConfigError([f"{sources.shown(path)}: cases.{name}: {line}" for line in error.lines]) from None
+        raise ConfigError([f"{sources.shown(path)}: cases.{name}: {line}" for line in error.errors]) from None
     return config, flat(root.plain())
 
 
