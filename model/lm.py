@@ -5,7 +5,7 @@ Shape legend: B batch  T time  D model width  V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -171,7 +171,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         first = self.output_head
         for name in self.heads:
-            if name != first and run.states is not None:
+            if name != first and run.states is not None and f"heads.{name}" in run.states:
                 self._head(name, x, run, words)  # its state must go on
         h = self._head(first, x, run, words).y
         assert h is not None
@@ -293,8 +293,18 @@ class LanguageModel(nn.Module):
         """What is predicted, and reported, by name: the head's, with `.shift` where it makes several."""
         return {name + suffix: r for name, head in self.named_heads() for suffix, r in head.readouts.items()}
 
-    def init_state(self, batch: int, capacity: int | None = None, dtype: torch.dtype | None = None) -> States:
-        """An empty state for `batch` rows; capacity: see `core.Block.init_state`."""
+    def init_state(
+        self,
+        batch: int,
+        capacity: int | None = None,
+        dtype: torch.dtype | None = None,
+        heads: Collection[str] | None = None,
+    ) -> States:
+        """An empty state for `batch` rows; capacity: see `core.Block.init_state`.
+
+        heads: those that go on from call to call, besides the output head; None: all. (One that only drafts
+        costs time in every step, and nothing else needs its state.)
+        """
         like = torch.empty((), device=self.embed.weight.device, dtype=dtype or torch.float32)
         states: States = {}
         for item in self.plan.walk():
@@ -302,8 +312,17 @@ class LanguageModel(nn.Module):
             if isinstance(item, Visit | Cross) or (isinstance(item, Bracket) and not item.turned):
                 states[item.site] = module.init_state(batch, like, capacity)
         for name, head in self.named_heads():
-            states[f"heads.{name}"] = head.init_state(batch, like, capacity)
+            if heads is None or name in heads or name == self.output_head:
+                states[f"heads.{name}"] = head.init_state(batch, like, capacity)
         return states
+
+    @torch.no_grad()
+    def draft(self, head: str, hidden: Tensor, state: Any, new: Tensor, n: int) -> Tensor:
+        """[B, n] ids that a head guesses to follow new [B, 1]; hidden [B, 1, D] and state: after the token
+        before it, of `Output`; the state is consumed."""
+        table = None if self.embed.gathers else self.embed.table()
+        words = self._words(new, table)
+        return self.heads[head].draft(hidden, state, words, n, lambda h: self._scores(h, table).argmax(-1))
 
     def generate(self, tokens: Tensor, max_new_tokens: int = 50, **options: Any) -> Tensor:
         """Prompt [B, T] + new tokens [B, T + n]; options as in `model.generate.generate`."""
