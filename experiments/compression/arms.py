@@ -5,6 +5,7 @@ Shape legend: C context tokens.
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from model.compress import ContextCompressor, wrap
 from model.compress import evaluate as ev
@@ -70,10 +72,8 @@ def arms(effort: Effort, ratio: float, ratios: tuple[float, ...], context: int) 
                 "compress_stop_threshold": 0.5}  # fmt: skip
     rate = effort.rate
     trained = [
-        Arm("condense", "condense", {"num_condense_tokens": slots, **lora}, rate, ratio),
-        Arm(
-            "condense-mean", "condense", {"num_condense_tokens": slots, "slots": "mean", **lora}, rate, ratio
-        ),
+        Arm("condense", "condense", {"num_condense_tokens": slots, **lora}, rate),
+        Arm("condense-mean", "condense", {"num_condense_tokens": slots, "slots": "mean", **lora}, rate),
         Arm("autocompressor", "autocompressor", {"summary_length": each, **auto}, rate),
         Arm(VARIABLE, VARIABLE, {**variable, **auto}, rate),
         Arm(MATCHED, "autocompressor", auto, rate),
@@ -101,17 +101,26 @@ def fitted(arm: Arm, variable: Mapping[str, Any] | None, context: int) -> Arm:
     """The arm with what an earlier result settles: as many slots as the variable memory had on average."""
     if arm.name != MATCHED or variable is None:
         return arm
-    each = max(1, round(float(variable["slots"]) * SEGMENT / context))
+    each = max(1, round(float(variable["slots"]) / math.ceil(context / SEGMENT)))
     return Arm(arm.name, arm.method, {**arm.options, "summary_length": each}, arm.rate)
+
+
+def batches_of(held: list[Example]) -> list[Any]:
+    return [collate(held[i : i + 16]) for i in range(0, len(held), 16)]
+
+
+def bounds(model: Any, held: list[Example]) -> dict[str, Tensor]:
+    """Nats [N] without and with the whole context: the same for every arm, so they are measured once."""
+    return ev.score(wrap(model, "none"), batches_of(held), ("none", "full")).nll
 
 
 def run_arm(
     arm: Arm, seed: int, model: Any, rows: list[Example], held: list[Example], effort: Effort, runs: Path,
-    tokenizer: Any = None,
+    ends: dict[str, Tensor], tokenizer: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train (where there is something to train) and score; a training that was begun goes on.
 
-    Raises KeyboardInterrupt when a signal ends the training; what was done is saved.
+    ends: of `bounds`.  Raises KeyboardInterrupt when a signal ends the training; what was done is saved.
     """
     began = time.process_time()
     torch.manual_seed(seed)
@@ -120,8 +129,13 @@ def run_arm(
         train(c, arm, seed, rows, held, effort, runs / f"{arm.name}_{seed}")
     trained = time.process_time()
     asked = {} if arm.ratio is None else {"ratio": arm.ratio}
-    batches = [collate(held[i : i + 16]) for i in range(0, len(held), 16)]
-    made = ev.score(c, batches, **asked)
+    batches = batches_of(held)
+    adapted = "autocompressor" in arm.method  # the decoder reads with an adapter of the method's own
+    variants = ("compressed", "shuffled", "random", *(("adapted_none",) if adapted else ()))
+    made = ev.score(c, batches, variants, **asked)
+    made.nll |= ends
+    if not adapted:
+        made.nll["adapted_none"] = ends["none"]
     return {
         "name": arm.name, "method": arm.method, "seed": seed, "ratio": arm.ratio,
         "options": {k: v for k, v in arm.options.items()}, "tokens": int(made.tokens.sum()),
@@ -129,7 +143,7 @@ def run_arm(
         "beats": {v: made.beats(v, seed=seed) for v in ("none", "adapted_none", "shuffled", "random")},
         "kv_bytes": made.kv_bytes, "full_kv_bytes": made.full_kv_bytes, "slots": made.slots,
         "restore": ev.restore_accuracy(c, batches[0], **asked),
-        "cost": ev.cost(c, batches[0], new_tokens=4, rounds=2, **asked).as_dict(),
+        "cost": ev.cost(c, batches[0], new_tokens=4, rounds=1, **asked).as_dict(),
         "answers": None if tokenizer is None else answers(c, tokenizer, asked),
         "train_cpu_s": trained - began, "score_cpu_s": time.process_time() - trained,
     }  # fmt: skip

@@ -11,10 +11,11 @@ from typing import Any
 from dataset.files import write_bytes, write_json
 
 Result = dict[str, Any]
-AGAINST = ("none", "shuffled", "random")
+AGAINST = ("none", "adapted_none", "shuffled", "random")
 COLUMNS = (
-    "arm", "seeds", "R", "95%", "nats", "over none", "over shuffled", "over random", "clear", "slots",
-    "KV bytes", "ratio", "restored", "compress s", "first token s", "tokens/s", "pays after",
+    "arm", "seeds", "R", "95%", "nats", "over none", "over adapted none", "over shuffled", "over random",
+    "clear", "slots", "KV bytes", "ratio", "restored", "compress s", "first token s", "tokens/s",
+    "pays after",
 )  # fmt: skip
 
 

@@ -48,15 +48,16 @@ def place(tmp_path):
     """A toy decoder with a tokenizer of letters, and a dataset of words in it."""
     folder = tmp_path / "toy"
     tiny_decoder("llama", max_position_embeddings=1024).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({chr(65 + i): i for i in range(VOCAB)}, unk_token="A"))
+    vocab = {chr(65 + i): i for i in range(VOCAB - 1)} | {"</s>": VOCAB - 1}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="A"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="A", eos_token="B")
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
     made.save_pretrained(folder)
     rng = random.Random(0)
     words = ["CAT", "dog", "Zebra", "yak"]
     lines = [json.dumps({"text": "".join(rng.choice(words) for _ in range(40))}) for _ in range(60)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines) + "\n")
-    request = Request(sources=(str(tmp_path / "text.jsonl"),), tokenizer=str(folder), eos="B", heldout=0.2)
+    request = Request(sources=(str(tmp_path / "text.jsonl"),), tokenizer=str(folder), heldout=0.2)
     prepare(request, tmp_path / "data")
     return tmp_path
 
