@@ -43,6 +43,7 @@ PLACES = {  # flags by other names they are known under
     "micro": ("--micro", "--per_device_train_batch_size"),
     "steps": ("--steps", "--max_steps"),
     "learning_rate": ("--learning_rate", "--lr"),
+    "encoder": ("--encoder", "--model_id"),
 }
 TEST = {"num_condense_tokens": 16, "max_tokens": 256, "lora_rank": 8}  # Condense's --test
 
@@ -72,7 +73,9 @@ def parser(method: str | None) -> argparse.ArgumentParser:
         "--max_length", type=int, default=None, help="context + target, where --context is not given"
     )
     p.add_argument(
-        "--test", action="store_true", help="small settings on smollm2-135m-instruct, a quick trial"
+        "--test",
+        action="store_true",
+        help="small settings; smollm2-135m-instruct and a generated task where nothing else is given",
     )
     p.add_argument("--do_train", action="store_true", help="accepted; training is what this command does")
     p.add_argument("--do_eval", action="store_true", help="accepted; held-out loss is always measured")
@@ -160,7 +163,8 @@ def plan(args: argparse.Namespace) -> Plan:
         options = {k: v for k, v in TEST.items() if k in known} | options
         args.steps = args.steps or 20
     decoder = args.decoder or (PACKAGED if args.test else None)
-    if decoder is None or args.data is None:
+    data = args.data or ("recall" if args.test else None)
+    if decoder is None or data is None:
         raise UserError(f"give --decoder (a folder, a hub name or {PACKAGED}) and --data")
     settings = Settings(**pick(Settings, args))
     if settings.objective not in (*OBJECTIVES, "document", "through"):
@@ -178,7 +182,7 @@ def plan(args: argparse.Namespace) -> Plan:
     run = args.run or Path("runs") / f"compress_{args.method}"
     if (run / "metrics.jsonl").exists() and not args.resume:
         raise UserError(f"{run}: holds a run already; go on with --resume, or give another folder with --run")
-    return Plan(args.method, decoder, args.data, run, options, settings, Reading(**lengths))
+    return Plan(args.method, decoder, data, run, options, settings, Reading(**lengths))
 
 
 def train(args: argparse.Namespace) -> int:

@@ -157,3 +157,22 @@ def test_set_is_a_flag(place, capsys):
     assert config["r"] == 0.4
     with pytest.raises(SystemExit):
         main([*command(place, "pairs", "b"), "--set", "rr=0.4"])
+
+
+def test_a_trained_compressor_is_scored(place, capsys):
+    """train/compress_eval.py: the compressed context lies between its bounds' files; MODE=FA needs none."""
+    from train.compress_eval import main as score
+
+    assert main(command(place, "condense", "a")) == 0
+    capsys.readouterr()
+    common = ["--decoder", str(place / "decoder"), "--data", str(place / "text.txt"), "--examples", "4"]
+    common += ["--context", "16", "--target", "6"]
+    assert score([*common, "--compressor", str(place / "a" / "best")]) == 0
+    ours = json.loads(capsys.readouterr().out)
+    assert score([*common, "--mode", "FA"]) == 0
+    full = json.loads(capsys.readouterr().out)
+    assert full["compressed"] == pytest.approx(full["full"], abs=1e-5)
+    assert full["full"] == pytest.approx(ours["full"], abs=1e-5) and ours["none"] == full["none"]
+    assert ours["slots"] == 4 and full["slots"] == 16 and full["kv_bytes"] == full["full_kv_bytes"]
+    assert score(common) == 2
+    assert "--mode FA" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a variable-length AutoCompressor. BASE, BATCH, LR, NUM_GPUS, CML and DATA override; further flags are passed on.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 BASE=${BASE:-opt-125m}
 case "$BASE" in */* | smollm2-*) ;; *) [ -d "$BASE" ] || BASE="facebook/$BASE" ;; esac
 exec "${PYTHON:-.venv/bin/python}" -m torch.distributed.run --nproc-per-node "${NUM_GPUS:-1}" train/compress.py \
