@@ -26,6 +26,11 @@ def _clashes(config: Config, world: World, rows: int) -> Iterator[str]:
             yield "run.ema: schedulefree evaluates and saves an average already"
         if config.nowcast.every:
             yield "nowcast: schedulefree keeps two sets of weights; a jump would move one of them"
+    if run.parallel != "ddp" and world.size > 1:
+        if optim.name != "adamw":
+            yield f"optim.name: {optim.name} was not made for parameters cut among ranks; use adamw with fsdp2"
+        if config.nowcast.every:
+            yield f"nowcast: not with run.parallel: {run.parallel}; its history is of whole weights"
     if optim.kahan and run.precision != "bf16":
         yield "optim.kahan: weights in bf16 need run.precision: bf16"
     if optim.release:
@@ -40,5 +45,12 @@ def _clashes(config: Config, world: World, rows: int) -> Iterator[str]:
             yield "run.spike_sigma: with optim.release a step is taken before its gradient norm is known"
         if optim.wiener:
             yield "optim.wiener: with optim.release a step is taken before its gradients are at hand"
+    if run.parallel != "ddp" and world.size > 1:
+        if optim.name in ("adam_mini", "adalomo"):
+            yield f"run.parallel: {optim.name} keeps moments of another shape than the weights; use ddp"
+        if optim.kahan:
+            yield f"run.parallel: {run.parallel} cuts groups of one type, optim.kahan makes two; use ddp"
+        if config.nowcast.every:
+            yield "run.parallel: nowcast reads whole weights; use ddp"
     if config.select.rho is not None and not any(h.shift == 1 for h in config.heads.values()):
         yield "select.rho: the reference predicts the next token, and no head here does"

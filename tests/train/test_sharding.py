@@ -94,7 +94,13 @@ def test_fully_sharded_ranks_equal_one_process(here, data) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "how", [("run.parallel=fsdp2", "run.reshard=true"), ("run.parallel=ddp",)], ids=["fsdp2", "ddp"]
+    "how",
+    [
+        ("run.parallel=fsdp2", "run.reshard=true"),
+        ("run.parallel=hybrid", "run.shard=1"),
+        ("run.parallel=ddp",),
+    ],
+    ids=["fsdp2", "hybrid", "ddp"],
 )
 def test_ranks_may_change_at_every_resume(here, data, how) -> None:
     """parallel: 2 -> 1 -> 2 ranks see the same tokens and end with the same parameters as a straight run."""
@@ -110,6 +116,19 @@ def test_ranks_may_change_at_every_resume(here, data, how) -> None:
         one, again = end(here / "one" / name), end(here / "two" / name)
         assert max(float((one[n] - again[n]).abs().max()) for n in one) < 1e-6, name
         assert [s for s, _ in losses(here / "one" / name)] == [s for s, _ in losses(here / "two" / name)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_compiled_modules_train_alike_on_several_ranks(here, data, how) -> None:
+    """parallel: torch.compile of every bank module, then wrapped; names in the checkpoint do not change."""
+    (here / "small.yaml").write_text(COMMON + "stack: [gla, mlp]\n")
+    assert main(words(data, "one", archs=("small",))) == 0
+    done = command(
+        *words(data, "two", f"run.parallel={how}", "run.compile=true", archs=("small",)), cwd=here, ranks=2
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert far(end(here / "one"), end(here / "two")) < 1e-4
 
 
 def back(runs: Path, step: int) -> None:
