@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from train import checkpoint
 from train.errors import UserError
+from train.sharding import like
 
 PREFIX = "ema/weights/"  # in a checkpoint's training tensors
 
@@ -81,6 +82,5 @@ class Ema:
         if set(state.get("weights", {})) != set(self.weights):
             raise ValueError("the averaged weights are of other parameters")
         self.steps = int(state.get("steps", 0))
-        with torch.no_grad():
-            for name, value in state.get("weights", {}).items():
-                self.weights[name].copy_(value)
+        for name, value in state.get("weights", {}).items():
+            self.weights[name] = like(value, self.weights[name])
