@@ -233,6 +233,7 @@ def add_models(commands) -> None:
     p.add_argument("--new", type=int, default=128, metavar="N", help="ids the teacher writes at most (128)")
     p.add_argument("--documents", type=int, default=1000, metavar="N", help="prefixes taken (1000)")
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    p.add_argument("--chat", action="store_true", help="ask in the teacher's chat template")
     p.add_argument("--seed", type=int, default=0)
     p.set_defaults(run=run_continue)
 
@@ -275,7 +276,7 @@ def run_continue(args: argparse.Namespace) -> int:
     from dataset.format import open_dataset
     from dataset.score import load_reference
 
-    recipe = Recipe(args.prefix, args.new, args.documents, args.temperature, args.seed)
+    recipe = Recipe(args.prefix, args.new, args.documents, args.temperature, args.seed, args.chat)
     recipe.check()
     data = open_dataset(args.path)
     teacher = load_reference(args.model, args.prefix * 8 + args.new, args.device)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataset.chat import INSTRUCTION, Frame, frame
 from dataset.files import DatasetError, canonical, digest, read_json, write_bytes, write_json
 from dataset.format import Dataset, open_dataset, write_manifest
 from dataset.order import Permutation, derive
@@ -36,6 +37,7 @@ class Recipe:
     """prefix: ids of a document's start. new: the teacher's ids at most. documents: prefixes taken.
 
     temperature: 0 is greedy. seed: of the choice of documents and the sampling.
+    chat: ask in the teacher's chat template, with `instruction` before the text.
     """
 
     prefix: int = 256
@@ -43,6 +45,8 @@ class Recipe:
     documents: int = 1000
     temperature: float = 0.0
     seed: int = 0
+    chat: bool = False
+    instruction: str = INSTRUCTION
 
     def check(self) -> None:
         """Raises DatasetError for values out of range."""
@@ -76,6 +80,7 @@ def continue_documents(
     Killed, it goes on after the last finished run of 64 documents. Raises DatasetError.
     """
     recipe.check()
+    asked = chat_frame(teacher, recipe)
     identity = {"data": data.id, "teacher": teacher.identity, **asdict(recipe)}
     _claim(out, digest(canonical(identity)))
     split = data.splits["train"]
@@ -85,7 +90,7 @@ def continue_documents(
         path = out / ".prepare" / "receipts" / f"{number:06d}.json"
         if not path.exists():
             documents = [split.document(i)[: recipe.prefix] for i in chosen[start : start + TASK_DOCUMENTS]]
-            write_json(path, _task(documents, data, teacher, out, number, recipe, device))
+            write_json(path, _task(documents, data, teacher, out, number, recipe, device, asked))
         receipts.append(read_json(path))
         progress(min(start + TASK_DOCUMENTS, len(chosen)), len(chosen))
     return _finish(data, out, receipts, identity)
@@ -124,6 +129,7 @@ def _task(
     number: int,
     recipe: Recipe,
     device: str,
+    asked: Frame,
 ) -> dict[str, Any]:
     """Shards and counts of one run of documents; the same at every try."""
     table = data.tokenizer.bytes_per_token
@@ -135,7 +141,7 @@ def _task(
             # a cut may fall inside a character: the teacher and the row get whole ones
             text = data.tokenizer.decode_bytes(prefix).decode(errors="ignore")
             head = data.tokenizer.encode(text)
-            answer = _answer(teacher, text, recipe, device)
+            answer = _answer(teacher, text, recipe, device, asked)
             if reason := unwanted(answer):
                 counts[reason] += 1
                 continue
@@ -152,12 +158,29 @@ def _task(
         writer.abort()
 
 
-def _answer(teacher: Reference, text: str, recipe: Recipe, device: str) -> str:
-    ids = teacher.tokenizer.encode(text)[-(teacher.context - recipe.new) :]
+def chat_frame(teacher: Reference, recipe: Recipe) -> Frame:
+    """What stands around a prefix; nothing without `chat`. Raises DatasetError."""
+    if not recipe.chat:
+        empty = np.zeros(0, np.int64)
+        return Frame(empty, empty, frozenset({teacher.tokenizer.eos_id}))
+    if teacher.chat is None:
+        raise DatasetError("--chat: only a transformers teacher has a chat template. Leave --chat out")
+    asked = frame(teacher.chat(), recipe.instruction)
+    if len(asked) + recipe.new >= teacher.context:
+        raise DatasetError(
+            f"--chat: the template takes {len(asked)} ids and --new {recipe.new}, and the teacher reads "
+            f"{teacher.context}. Lower --new"
+        )
+    return asked
+
+
+def _answer(teacher: Reference, text: str, recipe: Recipe, device: str, asked: Frame) -> str:
+    room = teacher.context - recipe.new - len(asked)
+    ids = asked.around(teacher.tokenizer.encode(text)[-room:].astype(np.int64))
     tokens = torch.from_numpy(ids)[None].to(device)
     made = teacher.generate(tokens, max_new_tokens=recipe.new, temperature=recipe.temperature)
     new = made[0, tokens.shape[1] :].cpu().numpy()
-    ends = np.flatnonzero(new == teacher.tokenizer.eos_id)
+    ends = np.flatnonzero(np.isin(new, sorted(asked.stop)))
     return teacher.tokenizer.decode_bytes(new[: ends[0]] if len(ends) else new).decode(errors="ignore")
 
 

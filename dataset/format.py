@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +79,7 @@ class Shard:
         self.folder, self.entry, self.name = folder / "shards", entry, entry["name"]
         self.tokens: int = entry["tokens"]
         self.documents: int = entry["documents"]
-        self._dtype = DTYPES[dtype]
+        self.dtype = DTYPES[dtype]
 
     def path(self, kind: str) -> Path:
         return self.folder / f"{self.name}.{kind}"
@@ -89,19 +89,23 @@ class Shard:
 
     @cached_property
     def tok(self) -> np.ndarray:
-        return map_file(self.path("tok"), self._dtype)
+        return self.array("tok")
 
     @cached_property
     def end(self) -> np.ndarray:
-        return map_file(self.path("end"), KINDS["end"])
+        return self.array("end")
 
     @cached_property
     def len(self) -> np.ndarray:
-        return map_file(self.path("len"), KINDS["len"])
+        return self.array("len")
 
     @cached_property
     def msk(self) -> np.ndarray:
-        return map_file(self.path("msk"), KINDS["msk"])
+        return self.array("msk")
+
+    def array(self, kind: str) -> np.ndarray:
+        """A file's values, mapped."""
+        return map_file(self.path(kind), self.dtype if kind == "tok" else KINDS[kind])
 
     def document(self, i: int) -> np.ndarray:
         """Ids of the i-th document, EOS included (a view of the map)."""
@@ -141,7 +145,7 @@ class Split:
         self.tokens: int = record["tokens"]
         self.documents: int = record["documents"]
         self.bytes: int = record["text_bytes"]
-        self.shards = [Shard(dataset.path, entry, dataset.manifest["dtype"]) for entry in record["shards"]]
+        self.shards = [dataset.shard(entry) for entry in record["shards"]]
         self.starts = np.cumsum([0, *(s.tokens for s in self.shards)], dtype=np.int64)
         self.first_documents = np.cumsum([0, *(s.documents for s in self.shards)], dtype=np.int64)
 
@@ -170,8 +174,12 @@ class Dataset:
     manifest, vocab, eos_id, id (hash of the canonical manifest), splits {name: Split}, tokenizer.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], shard: Callable[[dict[str, Any]], Shard] | None = None
+    ) -> None:
+        """shard: makes a shard of its manifest record; None: files in `path`."""
         self.path, self.manifest = path, manifest
+        self.shard = shard or (lambda entry: Shard(path, entry, manifest["dtype"]))
         self.id: str = manifest["id"]
         self.vocab: int = manifest["vocab"]
         self.eos_id: int = manifest["eos_id"]
@@ -238,12 +246,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def open_dataset(path: str | os.PathLike, check: str = "auto") -> Dataset:
-    """Open a dataset folder.
+    """Open a dataset folder, or one behind a URL (`dataset.remote`).
 
     check: "sizes" (every file present, with the recorded size), "full" (every hash as well), or "auto":
     full up to 1 GiB, sizes beyond (`python -m dataset verify` does the rest).
     Raises DatasetError for a missing or cut shard, damaged blocks, an edited manifest, another tokenizer.
     """
+    from dataset import remote
+
+    if (url := remote.as_url(path)) is not None:
+        return remote.open_remote(url, check)
     folder = Path(path)
     manifest = read_manifest(folder)
     dataset = Dataset(folder, manifest)

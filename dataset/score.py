@@ -33,6 +33,7 @@ class Reference:
 
     nats: rows of ids, right-padded [b, W] -> [b, W-1]: nats of ids 1.. given those before.
     identity: what its values depend on. tokenizer: turns text into its ids.
+    chat: makes transformers' own tokenizer, which knows the chat template; None where there is none.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class Reference:
         tokenizer: Tokenizer,
         identity: dict[str, Any],
         context: int,
+        chat: Callable[[], Any] | None = None,
     ) -> None:
         self.nats, self.generate, self.tokenizer = nats, generate, tokenizer
-        self.identity, self.context = identity, context
+        self.identity, self.context, self.chat = identity, context, chat
 
 
 def load_reference(name: str, context: int = 1024, device: str = "cpu") -> Reference:
@@ -126,7 +128,15 @@ def _transformers(name: str, context: int, device: torch.device) -> Reference:
     weights = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin", ".gguf")]
     identity = {"name": Path(name).name, "weights": _hash_files(weights)}
     limit = getattr(lm.config, "max_position_embeddings", None) or context
-    return Reference(nats, generate, tokenizer, identity, min(context, limit))
+
+    def chat() -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(
+            str(folder), **{k: v for k, v in options.items() if k == "gguf_file"}
+        )
+
+    return Reference(nats, generate, tokenizer, identity, min(context, limit), chat)
 
 
 def _gguf(file: Path) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class View(Samples):
         self.split = _split(dataset, split)
         self.text_bytes = dataset.tokenizer.bytes_per_token
         self.tokenizer_identity = dataset.tokenizer_identity
-        self.narrow = self.split.shards[0].tok.dtype
+        self.narrow = self.split.shards[0].dtype
         side = Sidecar(dataset, sidecar) if sidecar else None
         self.side_kind = side.kind if side else None
         selection = Selection(min_tokens, max_tokens, byte_budget)
