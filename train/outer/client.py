@@ -22,6 +22,7 @@ from train.outer.frames import Connection, Frame, FrameError, address_of
 from train.outer.layout import fingerprint
 
 LIMIT = 8 << 30
+LINE_S = 15.0  # without a byte in either direction the line is taken for dead; the server answers in 5
 PAUSE_S = (0.05, 2.0)  # between two attempts: doubled from the first to the second
 
 
@@ -91,7 +92,7 @@ class Link:
             sock = socket.create_connection(self.address, timeout=10)
             self._connection = Connection(sock, LIMIT)
             self._connection.greet(self.secret, LIMIT)
-            sock.settimeout(max(30.0, self.patience))
+            sock.settimeout(LINE_S)
         line = self._connection
         try:
             line.send(frame)
