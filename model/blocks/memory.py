@@ -210,14 +210,17 @@ class SelectedMemory(KVMemory):
             (segment == last[:, None]) & (position >= 0) & (kept | (position > seen[:, None] - self.recent))
         )
         count = stay.sum(1)
-        most, slots = int(count.max()) if len(count) else 0, state.position.shape[1]
-        if isinstance(state, GrowingTokens):
-            slots = doubled(most)
-        elif most > slots:
-            raise OverflowError(
-                f"the memory holds {slots} tokens and would need {most}: pass a larger `capacity` to"
-                " init_state, or None to let it grow"
-            )
+        slots = state.position.shape[1]
+        if torch.compiler.is_compiling() and isinstance(state, FixedTokens):
+            torch._assert_async((count <= slots).all(), f"the memory of capacity {slots} is full")
+        else:
+            most = int(count.max()) if len(count) else 0
+            slots = doubled(most) if isinstance(state, GrowingTokens) else slots
+            if most > slots:
+                raise OverflowError(
+                    f"the memory holds {slots} tokens and would need {most}: pass a larger `capacity` to"
+                    " init_state, or None to let it grow"
+                )
         k, v, position, kept = (_packed(t, stay, slots, fill) for t, fill in zip(held, (0, 0, -1, False)))
         return type(state)(k.to(state.k.dtype), v.to(state.v.dtype), position, kept, seen)
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from model.blocks.mlp import MULT
 from model.core import Block, Cost, Ctx, State, Step
-from model.ops.norm import RMSNorm
 from model.registry import block
 
 
@@ -45,6 +44,7 @@ class SharedMLP(Block):
     """
 
     bare = True
+    no_decay = ("norm", "gain")
     bank_of = "bank"  # the parameter that names what visits share
 
     def __init__(
@@ -76,7 +76,8 @@ class SharedMLP(Block):
         self.own = round(fresh * self.hidden)
         layers = visits if order == "each" else -(-visits // 2)
         self.neurons = self.hidden + (layers - 1) * self.own
-        self.norms = nn.ModuleList(RMSNorm(dim, norm_eps) for _ in range(layers))
+        self.norm_eps = norm_eps
+        self.norm = nn.Parameter(torch.ones(layers, dim))
         self.gate_proj = nn.Linear(dim, self.neurons, bias=False) if act == "swiglu" else None
         self.up_proj = nn.Linear(dim, self.neurons, bias=False)
         self.down_proj = nn.Linear(self.neurons, dim, bias=False)
@@ -90,7 +91,8 @@ class SharedMLP(Block):
     def forward(self, x: Tensor, state: State | None = None, ctx: Ctx | None = None) -> Step:
         visit = 0 if ctx is None else ctx.visit
         layer = visit if self.order == "each" else min(visit, self.visits - 1 - visit)
-        h, y, done = self.norms[layer](x), x, 0
+        h = F.rms_norm(x, (self.dim,), self.norm[layer].to(x.dtype), self.norm_eps)
+        y, done = x, 0
         for low, high in self._ranges(layer):
             up = F.linear(h, self.up_proj.weight[low:high])
             if self.gate_proj is not None:
