@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from model.blocks._windows import Windows, make_windows, most, newest, places_seen, store, take
-from model.core import Block, Cost, Ctx, Docs, Step, docs_of, rotary_positions
+from model.core import Block, Cost, Ctx, Docs, State, Step, docs_of, rotary_positions
 from model.ops.attention import Places, attend
-from model.ops.attention.cache import Cache, View, empty_cache, extend
+from model.ops.attention.cache import FixedKV, GrowingKV, View, empty_cache, extend
 from model.ops.attention.cpu import attention_flops
 from model.ops.attention.places import resolve
 from model.ops.nsa import Grid, Pooled, nsa, nsa_flops
@@ -25,7 +25,7 @@ from model.registry import block
 class NSAState(NamedTuple):
     """kv: keys and values of each row's last document. k, v [B, C, G, K]: its finished pooled blocks."""
 
-    kv: Cache
+    kv: GrowingKV | FixedKV
     k: Tensor
     v: Tensor
 
@@ -90,6 +90,7 @@ class CompressedAttention(Block):
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> NSAState:
         widths = self.head_dim, self.head_dim
         kv = empty_cache(batch, like, heads=self.kv_heads, widths=widths, capacity=capacity)
+        assert isinstance(kv, GrowingKV | FixedKV)
         slots = most(capacity or 0, self.grid.pool, self.grid.stride)
         k, v = (like.new_zeros(batch, slots, self.kv_heads, self.head_dim) for _ in range(2))
         return NSAState(kv, k, v)
@@ -104,7 +105,8 @@ class CompressedAttention(Block):
         grid = self.grid
         windows = make_windows(docs, seen, grid.pool, grid.stride, B, T, x.device)
         new = [self._pool(t, i, windows, state) for i, t in enumerate((k, v))]
-        view, kv = extend(None if state is None else state.kv, k, v, docs)
+        past: State = None if state is None else state.kv
+        view, kv = extend(past, k, v, docs)
         at, key_at = resolve(q, view.k, view.docs, view.at, view.key_at)
         near, far = nsa(
             q, view.k, view.v, self._pooled(new, windows, state), grid=grid, at=at, key_at=key_at,
@@ -117,7 +119,7 @@ class CompressedAttention(Block):
         if state is None or kv is None:
             return Step(y)
         slots = most(kv.k.shape[1], grid.pool, grid.stride)
-        return Step(y, NSAState(kv, *(store(o, n, windows, slots) for o, n in zip(state[1:], new))))
+        return Step(y, NSAState._make([kv, *(store(o, n, windows, slots) for o, n in zip(state[1:], new))]))
 
     def _pool(self, tokens: Tensor, which: int, windows: Windows, state: NSAState | None) -> Tensor:
         """tokens [B, T, G, K] -> [B, N, G, K]: the blocks that this call finishes."""

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks._gate import gated, head_gate
-from model.core import Block, Cost, Ctx, Step, at_least_fp32, docs_of
+from model.core import Block, Cost, Ctx, Docs, Step, at_least_fp32, docs_of, positions_of
+from model.ops.attention import Places
 from model.ops.conv import causal_conv
+from model.ops.ring import RingState, ring_flops, ring_read
 from model.ops.ssd import ssd, ssd_flops
 from model.registry import block
 
@@ -27,6 +29,14 @@ class Mamba2State(NamedTuple):
 
     conv: Tensor
     ssm: Tensor
+
+
+class RingedState(NamedTuple):
+    """The same with a ring: what past segments wrote."""
+
+    conv: Tensor
+    ssm: Tensor
+    ring: RingState
 
 
 @block("mamba2")
@@ -41,9 +51,15 @@ class Mamba2(Block):
     dt_min, dt_max, dt_floor: dt without input is log-uniform in [dt_min, dt_max], at least dt_floor.
     dt_limit: [low, high] to which dt is clamped; None leaves it.
     gate: a learned gate per head and token before W_out; see `model.blocks._gate`.
+    ring: {slots: R, stride: s}: what the last R segments of s tokens wrote is kept, and read undecayed,
+
+            y_t += gain sum_i rho_ti c_t . W_i        rho from <W_u u_t, mean b of segment i>
+
+        (`model.ops.ring`). The gain per head starts at 0, so the block starts as it is without a ring.
     backend, conv_backend: of `model.ops.ssd` and `model.ops.conv`; a named one never falls back.
 
-    Raises ValueError when head_dim does not divide I, groups the heads, or dt_limit is no interval.
+    Raises ValueError when head_dim does not divide I, groups the heads, dt_limit is no interval, or ring
+    does not name its two sizes.
     """
 
     no_decay = ("A_log", "dt_bias", "D")
@@ -66,6 +82,7 @@ class Mamba2(Block):
         dt_limit: list[float] | None = None,
         norm_eps: float = 1e-5,
         gate: bool = False,
+        ring: dict[str, int] | None = None,
         backend: str = "auto",
         conv_backend: str = "auto",
     ) -> None:
@@ -89,18 +106,27 @@ class Mamba2(Block):
         self.norm = GatedRMSNorm(inner, groups, norm_eps)
         self.out_proj = nn.Linear(inner, dim, bias=bias)
         self.out_proj.residual_out = True  # type: ignore[assignment]
+        self.slots, self.stride = _ring_sizes(ring)
+        if self.slots:
+            self.ring_proj = nn.Linear(dim, groups * state, bias=False)
+            self.ring_gain = nn.Parameter(torch.zeros(self.heads))
         self.head_gate = head_gate(gate, dim, self.heads)
 
-    def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> Mamba2State:
+    def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> Mamba2State | RingedState:
         C, _, W = self.conv1d.weight.shape
-        ssm = (batch, self.heads, self.state_width, self.head_dim)
-        return Mamba2State(
-            like.new_zeros(batch, C, W - 1), like.new_zeros(ssm, dtype=at_least_fp32(like.dtype))
-        )
+        shape = (self.heads, self.state_width, self.head_dim)
+        conv = like.new_zeros(batch, C, W - 1)
+        ssm = like.new_zeros(batch, *shape, dtype=at_least_fp32(like.dtype))
+        if not self.slots:
+            return Mamba2State(conv, ssm)
+        sizes = self.heads, self.head_dim, self.groups, self.state_width
+        return RingedState(conv, ssm, RingState.empty(like, batch, self.slots, *sizes))
 
-    def forward(self, x: Tensor, state: Mamba2State | None = None, ctx: Ctx | None = None) -> Step:
+    def forward(
+        self, x: Tensor, state: Mamba2State | RingedState | None = None, ctx: Ctx | None = None
+    ) -> Step:
         docs, wide = docs_of(ctx), at_least_fp32(x.dtype)
-        conv, ssm = (None, None) if state is None else state
+        conv, ssm = (None, None) if state is None else state[:2]
         N, GN = self.state_width, self.groups * self.state_width
         z, xbc, dt = self.in_proj(x).split((self.inner, self.inner + 2 * GN, self.heads), dim=-1)
         xbc, conv_after = causal_conv(
@@ -133,11 +159,39 @@ class Mamba2(Block):
             backend=self.backend,
         )
         y = torch.addcmul(y, u, self.D.to(u.dtype)[:, None])
+        ring_after = None
+        if self.slots:
+            held = state.ring if isinstance(state, RingedState) else None
+            read, ring_after = self._read_ring(x, u * dt.to(u.dtype)[..., None], dt * A, b, c, held, docs)
+            y = y + read.to(y.dtype)
         y, aux = gated(self.head_gate, self.norm(y.flatten(-2), z), x, ctx)
         y = self.out_proj(y)
         if state is None or conv_after is None or ssm_after is None:
             return Step(y, aux=aux)
-        return Step(y, Mamba2State(conv_after.to(state.conv.dtype), ssm_after), aux)
+        conv_after = conv_after.to(state.conv.dtype)
+        if ring_after is not None:
+            return Step(y, RingedState(conv_after, ssm_after, ring_after), aux)
+        return Step(y, Mamba2State(conv_after, ssm_after), aux)
+
+    def _read_ring(
+        self,
+        x: Tensor,
+        u: Tensor,
+        log_a: Tensor,
+        b: Tensor,
+        c: Tensor,
+        held: RingState | None,
+        docs: Docs | None,
+    ) -> tuple[Tensor, RingState | None]:
+        """What the ring adds, [B, T, H, P] in fp32 at least, and the ring after the call."""
+        B, T, _ = x.shape
+        positions = positions_of(docs, None if held is None else held.seen, B, T, x.device).expand(B, T)
+        at = Places(positions, torch.zeros_like(positions) if docs is None else docs.segments)
+        asked = self.ring_proj(x).unflatten(-1, (self.groups, -1))
+        read, after = ring_read(
+            u, log_a, b, c, asked, slots=self.slots, stride=self.stride, at=at, state=held
+        )
+        return read * self.ring_gain.to(read.dtype)[:, None], after
 
     def cost(self, T: int) -> Cost:
         """FLOPs of the chunked scan's matmuls; the convolution is elementwise, which is not counted."""
@@ -145,7 +199,12 @@ class Mamba2(Block):
         flops = ssd_flops(T, self.heads, self.head_dim, self.groups, self.state_width, self.chunk)
         held = C * (W - 1) * self.conv1d.weight.element_size()
         wide = at_least_fp32(self.conv1d.weight.dtype).itemsize
-        return Cost(float(flops), state_fixed=float(held + self.inner * self.state_width * wide))
+        held += self.inner * self.state_width * wide
+        if self.slots:
+            H, P, G, N = self.heads, self.head_dim, self.groups, self.state_width
+            flops += ring_flops(T, H, P, G, N, self.slots, self.stride)
+            held += (self.slots + 1) * (H * P + G) * N * wide + 8
+        return Cost(float(flops), state_fixed=float(held))
 
 
 class GatedRMSNorm(nn.Module):
@@ -171,6 +230,15 @@ def _heads(dim: int, inner: int, head_dim: int, groups: int) -> int:
     if groups < 1 or heads % groups:
         raise ValueError(f"groups={groups} must divide the {heads} heads of dim={dim}")
     return heads
+
+
+def _ring_sizes(ring: dict[str, int] | None) -> tuple[int, int]:
+    """(slots, stride); (0, 0) for none."""
+    if ring is None:
+        return 0, 0
+    if set(ring) != {"slots", "stride"} or min(ring.values()) < 1:
+        raise ValueError(f"ring={ring}: must be {{slots: R, stride: s}}, both at least 1")
+    return ring["slots"], ring["stride"]
 
 
 def _inverse_softplus_dt(heads: int, low: float, high: float, floor: float) -> Tensor:

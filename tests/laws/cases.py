@@ -92,6 +92,10 @@ CASES: dict[str, list[dict[str, Any]]] = {
         },
         {"params": {"how": "gates", "swa": {"head_dim": 16, "window": 5, "position": "alibi"}}},
     ],
+    "summary": [
+        {"params": {"head_dim": 8, "group": 2, "every": 3, "vectors": 3, "window": 5}},
+        {"params": {"head_dim": 8, "group": 2, "every": 4, "vectors": 2, "mode": "recompress"}},
+    ],
     "swa": [
         {"params": {"head_dim": 16, "window": 5}},
         {"params": {"head_dim": 8, "group": 4, "window": 2}},

@@ -34,7 +34,7 @@ def nsa_cpu(
     with torch.autocast(q.device.type, enabled=False):
         near, weights = _pooled(q, pooled, at)
         chosen, there = _select(weights, pooled.number, grid, at, k.shape[1])
-        if base is not None and k.shape[1] > GATHER * grid.count * grid.block:
+        if base is not None and k.shape[1] > GATHER * grid.reads * grid.block:
             far = _gathered(q, k, v, chosen, there, grid, at, base)
         else:
             far = _dense(q, k, v, chosen, there, grid, at, key_at)
@@ -44,9 +44,9 @@ def nsa_cpu(
 def nsa_flops(T: int, heads: int, kv_heads: int, width: int, grid: Grid) -> int:
     """Forward FLOPs of both branches over one row of T tokens in one document; K = V = width."""
     C = max(0, (T - grid.pool) // grid.stride + 1)
-    flops = 4 * heads * width * T * C
-    reach = grid.block * min(grid.count, -(-T // grid.block))
-    if GATHER * grid.count * grid.block < T:
+    flops = (4 if C > 1 else 2) * heads * width * T * C  # einsum multiplies a sum over one key elementwise
+    reach = grid.block * min(grid.reads, -(-T // grid.block))
+    if GATHER * grid.reads * grid.block < T:
         return flops + 4 * heads * width * T * reach
     return flops + sum(
         4 * heads * width * (min(a + SLICE, T) - a) * min(a + SLICE, T) for a in range(0, T, SLICE)
@@ -92,7 +92,7 @@ def _select(weights: Tensor, number: Tensor, grid: Grid, at: Places, S: int) -> 
     block = torch.arange(Z, device=weights.device)
     score = score.masked_fill((block == 0) | (block == own) | (block == own - 1), torch.inf)
     score = score.masked_fill(block > own, -torch.inf)
-    chosen = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., : grid.count]
+    chosen = torch.sort(score, dim=-1, descending=True, stable=True).indices[..., : grid.reads]
     return chosen, (chosen <= own) & (at.segments >= 0)[:, None, :, None]
 
 

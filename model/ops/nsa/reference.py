@@ -60,4 +60,4 @@ def _blocks(weights: Tensor, ends: Tensor, p: int, grid: Grid) -> Tensor:
         share = (last - first + 1).clamp_min(0) / grid.stride
         scores.append(float((weights * share).sum()) if j not in (0, own - 1, own) else torch.inf)
     order = sorted(range(own + 1), key=lambda j: -scores[j])
-    return torch.tensor(order[: grid.count], device=ends.device)
+    return torch.tensor(order[: grid.reads], device=ends.device)
