@@ -28,7 +28,7 @@ def _clashes(config: Config, world: World, rows: int) -> Iterator[str]:
             yield "nowcast: schedulefree keeps two sets of weights; a jump would move one of them"
     if run.parallel != "ddp" and world.size > 1:
         if optim.name != "adamw":
-            yield f"optim.name: {optim.name} wants whole parameters; with run.parallel {run.parallel} use adamw"
+            yield f"optim.name: {optim.name} wants whole parameters; with run.parallel: {run.parallel}, adamw"
         if config.nowcast.every:
             yield f"nowcast: not with run.parallel: {run.parallel}; its history is of whole weights"
     if optim.kahan and run.precision != "bf16":
