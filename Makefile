@@ -25,8 +25,8 @@ test: $(STAMP)  ## the fast suite, under 10 minutes on 2 cores
 test-slow: $(STAMP)  ## longer checks: make test-slow [AREA=resume|archs|...]
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow $(if $(AREA),-k $(AREA))
 
-test-gpu: $(STAMP)  ## what needs a GPU
-	$(PY) -m pytest -m gpu
+test-gpu: $(STAMP)  ## every block and GPU backend against its reference on the GPU that is there: one table
+	$(PY) -m tests.gpu
 
 study-onion: $(STAMP)  ## does growing pay? the onion beside its controls, at equal FLOPs; resumable
 	$(PY) -m experiments.onion.study
