@@ -34,12 +34,14 @@ class Found:
     data:  what they were trained on.
     bases: {case: the one that it is compared with}.
     cases: {case: its line}, in the sweep's order.   runs: {case: {seed: line}}.
+    diverged: {case: runs that did}.
     """
 
     data: list[str]
     bases: dict[str, str]
     cases: dict[str, Line]
     runs: dict[str, dict[int, Line]]
+    diverged: dict[str, int]
 
     @property
     def name(self) -> str:
@@ -83,13 +85,16 @@ def group(sweep: Sweep, lines: Iterable[Line], data: Sequence[str]) -> Found:
     mine = [line for line in lines if line["data"] in data]
     known = {line["case"]: line for line in mine if line["kind"] == "case"}
     runs: dict[str, dict[int, Line]] = {}
+    diverged: dict[str, int] = {}
     for line in mine:
-        if line["kind"] == "run":
+        if line["kind"] == "run" and line["metrics"]:
             runs.setdefault(line["case"], {})[line["seed"]] = line
+        elif line["kind"] == "run":
+            diverged[line["case"]] = diverged.get(line["case"], 0) + 1
     order = [c for c in sweep.cases if c in runs and c in known]
     bases = {c: sweep.base_of(c) for c in order}
     by_seed = {c: dict(sorted(runs[c].items())) for c in order}
-    return Found(list(data), bases, {c: known[c] for c in order}, by_seed)
+    return Found(list(data), bases, {c: known[c] for c in order}, by_seed, diverged)
 
 
 def preface(sweep: Sweep, groups: Sequence[Found]) -> list[str]:
@@ -166,8 +171,10 @@ def score_table(sweep: Sweep, g: Found, metrics: Sequence[str]) -> list[str]:
             gap = paired(g.values(case, m), g.values(base, m))
             cells += [number(gap, signed=True), verdict(gap, lower(m))]
         rows.append(cells)
+    lost = [f"{case} ({count} runs)" for case, count in g.diverged.items()]
+    note = ["", f"Diverged: {', '.join(lost)}."] if lost else []
     about = [f"- {c}: {sweep.cases[c].about}" for c in g.cases if c in sweep.cases and sweep.cases[c].about]
-    return [*markdown(head, rows), *([""] if about else []), *about]
+    return [*markdown(head, rows), *note, *([""] if about else []), *about]
 
 
 def cost_table(g: Found) -> list[str]:

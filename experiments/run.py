@@ -30,7 +30,7 @@ from model.describe import describe
 from model.lm import LanguageModel
 from model.schema import Config
 from train import rundir
-from train.errors import UserError
+from train.errors import EXIT_DIVERGED, UserError
 from train.evaluate import evaluate
 from train.world import autocast
 
@@ -105,7 +105,13 @@ def one(sweep: Sweep, run: Run, root: Path) -> None:
         if rundir.status_of(first)["status"] != "complete":
             one(sweep, run.after, root)
         words += ["--init-from", first]
-    command(*words)
+    try:
+        command(*words)
+    except SystemExit as stop:
+        if stop.code == EXIT_DIVERGED:  # an answer too: the other cases go on
+            summary.put(sweep, {**identity(sweep, run, folder), "metrics": {}, **summary.measure(folder, "")})
+            return
+        raise UserError(f"{run.label}: training ended with exit code {stop.code}; see above") from None
     summary.put(sweep, run_line(sweep, run, folder))
 
 
@@ -200,6 +206,15 @@ def run_line(sweep: Sweep, run: Run, folder: Path) -> summary.Line:
     metrics = summary.metrics_of(found, lm.output_head)
     if spec.prefill:
         metrics["prefill_ms"] = prefill_ms(lm, spec.prefill, run.config.run.precision)
+    return {
+        **identity(sweep, run, folder),
+        "metrics": metrics,
+        **summary.measure(folder, lm.output_head),
+    }
+
+
+def identity(sweep: Sweep, run: Run, folder: Path) -> summary.Line:
+    """Which run a line is about, and what made it."""
     about = rundir.about_of(folder)
     return {
         "kind": "run",
@@ -207,8 +222,6 @@ def run_line(sweep: Sweep, run: Run, folder: Path) -> summary.Line:
         "data": run.data,
         "seed": run.seed,
         "digest": sweep.key(run),
-        "metrics": metrics,
-        **summary.measure(folder, lm.output_head),
         "code": about["code"],
         "torch": about["environment"]["torch"],
     }

@@ -2,11 +2,11 @@
 
     {"kind": "case", "case", "data", "digest", "identity": {config as written, data, budget, after},
      "parameters", "trained", "flops_per_token", "state_bytes", "context", "tokens"}
-    {"kind": "run", "case", "data", "seed", "digest", "metrics": {name: number},
-     "curve": [[tokens, seconds, value of the main measure's loss], ...], "tokens", "seconds",
-     "tokens_per_s", "code", "torch"}
+    {"kind": "run", "case", "data", "seed", "digest", "code", "torch", "metrics": {name: number},
+     "curve": [[tokens, seconds, held-out nats, bits per byte], ...], "tokens", "seconds", "tokens_per_s"}
 
-A case's line is written before its first run, so that a later change of its base is noticed.
+No metrics: the run diverged. A case's line is written before its first run, so that a later change of its
+base is noticed.
 """
 
 from __future__ import annotations

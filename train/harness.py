@@ -113,7 +113,7 @@ def harness_scores(scorer: Scorer, tasks: Sequence[str], limit: int | None = Non
     manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(tasks))
     try:
         found = simple_evaluate(
-            model=model, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0, verbosity="ERROR"
+            model=model, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
         )
     except (KeyError, ValueError, ConnectionError, FileNotFoundError) as error:
         raise UserError(f"lm-eval: {', '.join(names)}: {error}") from error

@@ -144,6 +144,11 @@ def test_the_report_is_rebuilt_byte_for_byte(sweep, capsys) -> None:
     }
     assert "0.600 ± 0.000" in text and "+0.100 ± 0.000" in text and "better" in text and "tie" in text
     assert rows["wide context=32"] and "narrow context=32: as it is" in text
+    found = read(sweep)
+    line = next(x for x in summary.read(sweep.parent / "summaries.jsonl") if x["kind"] == "run")
+    summary.put(found, {**line, "metrics": {}, "curve": [[0, 0.0, 5.0, 8.0]]})
+    assert main(["report", str(sweep), "--out", str(sweep.parent / "c")]) == 0
+    assert f"Diverged: {line['case']} (1 runs)." in (sweep.parent / "c" / "results.md").read_text()
     html = made[0]["results.html"].decode()
     assert html.count("data:image/png;base64,") == 2 and "<table>" in html and "http" not in html
 
