@@ -17,6 +17,7 @@ from model.describe import describe, mermaid
 from model.generate import stream
 from model.schema import ConfigError
 from model.show import backends, show
+from model.speculate import Tally
 from model.text import Printer, Text, tokenizer_of
 
 EXAMPLES = """\
@@ -28,6 +29,7 @@ examples:
   python -m model generate runs/samba --prompt "def main(" --temperature 0.8 --top-p 0.95
   python -m model import smollm2-135m-instruct --out runs/smollm2
   python -m model export runs/samba exported/samba
+  python -m model generate runs/mtp --prompt "def main(" --speculate 2
   python -m model backends
 
 An ARCH is a YAML file, or the name of one in the working folder or in model/archs/.
@@ -112,6 +114,12 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--top-k", type=_positive, metavar="K")
     command.add_argument("--top-p", type=float, metavar="P")
     command.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+    command.add_argument(
+        "--speculate",
+        type=_positive,
+        metavar="N",
+        help="draft N tokens a pass with a multi-token head; the same text, and what was accepted on stderr",
+    )
     command.set_defaults(run=_generate)
 
 
@@ -167,6 +175,8 @@ def _generate(args: argparse.Namespace) -> None:
         print(args.prompt, end="", flush=True)
     printer = Printer(text) if text is not None else None
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    tally = Tally()
+    options |= {"speculate": args.speculate or 0, "tally": tally}
     try:
         for new in stream(lm, torch.tensor([ids]), args.max_new_tokens, **options):
             token = int(new[0])
@@ -174,6 +184,8 @@ def _generate(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     print()
+    if args.speculate:
+        print(tally, file=sys.stderr)
 
 
 def _positive(text: str) -> int:

@@ -140,7 +140,8 @@ class HeadConfig:
             defaults.
     layers: of the final block (mask, var).
     window: tokens that the final block's attention reaches back (chain, mask, var).
-    attn:   parameters of that attention: of the block `swa` (`head_dim`, `group`, ...).
+    attn:   parameters of that attention: of the block `swa` (`head_dim`, `group`, ...) but its window; `{}`
+            takes the file's `defaults`, null the block's own.
     """
 
     shift: int = 1

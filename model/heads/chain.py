@@ -50,7 +50,7 @@ class Link(nn.Module):
         super().__init__()
         self.h_norm, self.row_norm = RMSNorm(dim, norm_eps), RMSNorm(dim, norm_eps)
         self.join = nn.Linear(2 * dim, dim, bias=False)
-        attn = {"window": config.window, **(config.attn or {})}
+        attn = {**(config.attn or {}), "window": config.window}
         self.attn = Residual(make_block("swa", dim, **attn), norm_eps)
         self.ffn = Residual(make_block("mlp", dim, **(config.ffn or {})), norm_eps)
         self.norm = RMSNorm(dim, norm_eps)

@@ -77,7 +77,18 @@ class SlotLayer(nn.Module):
     def __init__(self, dim: int, config: HeadConfig, norm_eps: float) -> None:
         super().__init__()
         # The registered block's parameters, and its checks of them, without its causal mask.
-        shape = make_block("attention", dim, **(config.attn or {}))
+        params = {key: value for key, value in (config.attn or {}).items() if key != "window"}
+        shape = make_block("attention", dim, **params)
+        if (
+            shape.position != "rope"
+            or shape.sinks is not None
+            or shape.q_norm
+            or shape.conv_weight is not None
+        ):
+            raise ValueError(
+                "attn of a head that says blocks: position, sinks, qk_norm and conv are not for it;"
+                " it takes head_dim, group, heads and theta"
+            )
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.theta = shape.theta
         self.norm, self.trunk_norm = RMSNorm(dim, norm_eps), RMSNorm(dim, norm_eps)
