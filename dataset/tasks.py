@@ -74,7 +74,8 @@ class Task(ABC):
         cells = self.cells()
         cell = cells[number % len(cells)]
         rng = np.random.default_rng([seed, STREAMS[split], number])
-        return Sample(self.pieces(rng, **cell), " ".join(f"{k}={v}" for k, v in cell.items()))
+        varying = [k for k in cell if any(c[k] != cell[k] for c in cells)] or list(cell)[:1]
+        return Sample(self.pieces(rng, **cell), " ".join(f"{k}={cell[k]}" for k in varying))
 
 
 @dataclass(frozen=True)

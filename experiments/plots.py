@@ -60,7 +60,7 @@ def pareto(g: Found, metric: str, lower_is_better: bool) -> Figure:
     axes = figure.subplots(1, 3, sharey=True)
     tokens = {c: next(iter(runs.values()))["tokens"] for c, runs in g.runs.items()}
     costs = (
-        ("parameters", lambda c: g.cases[c]["parameters"]),
+        ("thousand parameters", lambda c: g.cases[c]["parameters"] / 1e3),
         ("training TFLOP", lambda c: g.cases[c]["flops_per_token"] * tokens[c] / 1e12),
         ("state at the context, KiB", lambda c: g.cases[c]["state_bytes"] / 1024),
     )
@@ -76,6 +76,7 @@ def pareto(g: Found, metric: str, lower_is_better: bool) -> Figure:
             found.append((float(cost(case)), mean.value))
         _front(a, front(found, lower_is_better))
         a.set_xlabel(name)
+        a.margins(x=0.2)  # room for the names
         a.grid(alpha=0.3)
     axes[0].set_ylabel(metric.replace("_", " "))
     return figure

@@ -101,7 +101,7 @@ def preface(sweep: Sweep, groups: Sequence[Found]) -> list[str]:
     runs = [r for g in groups for by_seed in g.runs.values() for r in by_seed.values()]
     wanted = len(sweep.runs)
     codes = sorted({r["code"][:12] + ("+changes" if r["code"].endswith("+changes") else "") for r in runs})
-    budget = next(f"{v:g} {k}" for k, v in vars(sweep.spec.budget).items() if v is not None)
+    budget = next(f"{v:,.0f} {k}" for k, v in vars(sweep.spec.budget).items() if v is not None)
     left = "" if len(runs) >= wanted else f" {wanted - len(runs)} of {wanted} runs are not done yet."
     return [
         f"{len(runs)} runs, {budget} each; code {', '.join(codes)}.{left} Means over seeds ± half the 95 % "
