@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow test-gpu oracles bench study-onion study-compression lint clean
+.PHONY: help setup demo test test-slow test-gpu oracles bench study-onion study-diloco study-compression lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -30,6 +30,9 @@ test-gpu: $(STAMP)  ## every block and GPU backend against its reference on the 
 
 study-onion: $(STAMP)  ## does growing pay? the onion beside its controls, at equal FLOPs; resumable
 	$(PY) -m experiments.onion.study
+
+study-diloco: $(STAMP)  ## DiLoCo, async and delayed Nesterov in miniature; resumable
+	$(PY) -m experiments.diloco.study
 
 study-compression: $(STAMP)  ## the compression methods and their baselines on one scoreboard; resumable
 	$(PY) -m experiments.compression.study
