@@ -60,7 +60,7 @@ class Effort:
 
 
 def arms(effort: Effort, ratio: float, ratios: tuple[float, ...], context: int) -> list[Arm]:
-    """All arms at `ratio` source tokens per slot, and those that need no training at `ratios` as well.
+    """All arms at `ratio` source tokens per slot, and three that need no training at `ratios` as well.
 
     Pairs halve a memory at most, so the baselines at ratio 2 are the ones to hold them against. The matched
     AutoCompressor gets its number of slots when the variable one of the same seed has been scored.
@@ -86,11 +86,10 @@ def arms(effort: Effort, ratio: float, ratios: tuple[float, ...], context: int) 
             ratio,
         ),
     ]
-    free = [
-        Arm(f"{m}@{r:g}", m, {}, None, r, m == "random_eviction")
-        for r in sorted({ratio, *ratios})
-        for m in ("last", "sink_window", "snapkv", "mean_pool", "random_eviction")
-    ]
+    always, curves = ("last", "snapkv", "mean_pool"), sorted({*ratios} - {ratio})
+    free = [Arm(f"{m}@{ratio:g}", m, {}, None, ratio, False) for m in (*always, "sink_window")]
+    free.append(Arm(f"random_eviction@{ratio:g}", "random_eviction", {}, None, ratio))
+    free += [Arm(f"{m}@{r:g}", m, {}, None, r, False) for r in curves for m in always]
     oracle = Arm(
         f"oracle@{ratio:g}", "oracle", {"steps": effort.oracle_steps, "lr": 0.05}, None, ratio, False
     )

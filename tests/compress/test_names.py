@@ -24,7 +24,24 @@ SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.S | re.M))
 NAMES = sorted(set(re.findall(r"`((?:model|train|dataset)\.[\w.]+)`", PAGE)))
 COMMANDS = re.findall(r"^    python train/compress\.py (.*)$", PAGE, re.M)
 OWN = {title: title.split(", ")[-1] for title in SECTIONS if title != "Gone"}  # the method that has them all
-FLAGS = [(OWN[t], f) for t, body in SECTIONS.items() if t in OWN for f in re.findall(r"`(--[^`]+)`", body)]
+
+
+def flags() -> list[tuple[str, str, bool]]:
+    """(method, flag with its value, whether the page calls the value the default)."""
+    found = []
+    for title, method in OWN.items():
+        lines = SECTIONS[title].splitlines()
+        tables = "\n".join(line for line in lines if line.startswith("|"))
+        said, _, other = "\n".join(line for line in lines if not line.startswith("|")).partition(
+            "Not defaults:"
+        )
+        for text, default in ((said, True), (other, False), (tables, False)):
+            for flag, note in re.findall(r"`(--[^`]+)`(?: \((default|none)\))?", text):
+                found.append((method, f"{flag} 0.5" if note == "none" else flag, default ^ bool(note)))
+    return found
+
+
+FLAGS = flags()
 LAUNCHED = {"BASE": "opt-2.7b", "BATCH": "32", "LR": "1e-4", "NUM_GPUS": "4", "CML": "12", "DATA": "t.txt"}
 
 
@@ -45,19 +62,13 @@ def test_names_are_there(name):
     raise AssertionError(name)
 
 
-@pytest.mark.parametrize("method,flag", FLAGS, ids=lambda x: x)
-def test_flags_parse_and_defaults_are_true(method, flag):
+@pytest.mark.parametrize("method,flag,default", FLAGS, ids=str)
+def test_flags_parse_and_defaults_are_true(method, flag, default):
     words = shlex.split(flag)
-    if words == ["--compress_stop_threshold"]:
-        words.append("0.5")  # none by default
     args = options_of(["--method", method, *words])
-    body = next(b for t, b in SECTIONS.items() if OWN.get(t) == method)
-    plain = body.split("Not defaults:")[0]
-    listed = f"`{flag}`" in plain and "|" not in plain.split(f"`{flag}`")[0].splitlines()[-1]
-    if (listed or f"`{flag}` (default)" in body) and len(words) > 1 and flag != "--compress_stop_threshold":
+    if default:
         known = {f.name: f.default for f in fields(METHODS.get(method).Config)}
-        name = words[0][2:]
-        assert getattr(args, name) == known[name], (name, known[name])
+        assert getattr(args, words[0][2:]) == known[words[0][2:]]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
