@@ -91,7 +91,7 @@ class Adapter(Bottleneck):
     @property
     def notes(self) -> tuple[str, ...]:
         """What a description says."""
-        return (f"{self.pool} pool",) if self.merge > 1 else ()
+        return (f"{self.pool} pool",) if self.merge > 1 and self.pool != "mean" else ()
 
     def zero_exit(self) -> None:
         """Let the inside give nothing at first: a residual shell is then inserted without a trace."""
