@@ -178,14 +178,14 @@ def parse(spec: str) -> Task:
     name, _, rest = spec.partition(":")
     if name not in TASKS:
         raise DatasetError(f"task {name!r}: allowed are {', '.join(sorted(TASKS))}")
-    known = {f.name: f.default for f in fields(TASKS[name])}  # type: ignore[arg-type]
+    known: dict[str, Any] = {f.name: f.default for f in fields(TASKS[name])}  # type: ignore[arg-type]
     options: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
         key, _, value = item.partition("=")
         if key not in known:
             raise DatasetError(f"task {name}: no option {key!r}; it has {', '.join(known)}")
         default = known[key]
-        kind = type(default[0] if isinstance(default, tuple) else default)
+        kind: Any = type(default[0] if isinstance(default, tuple) else default)
         try:
             values = tuple(kind(v) for v in value.split("/"))
         except ValueError:

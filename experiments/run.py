@@ -164,8 +164,8 @@ def tokens_of(sweep: Sweep, run: Run, data: Dataset, flops: float, root: Path) -
     if budget.tokens is not None:
         tokens = budget.tokens
     elif budget.bytes is not None:
-        split = data.splits["train"]
-        tokens = budget.bytes * split.tokens / split.text_bytes
+        split = data.manifest["splits"]["train"]
+        tokens = budget.bytes * split["tokens"] / split["text_bytes"]
     elif budget.flops is not None:
         tokens = budget.flops / flops
     else:
@@ -228,7 +228,7 @@ def identity(sweep: Sweep, run: Run, folder: Path) -> summary.Line:
 
 
 @torch.no_grad()
-def prefill_ms(lm: LanguageModel, tokens: int, precision: str, rounds: int = 5) -> float | None:
+def prefill_ms(lm: LanguageModel, tokens: int, precision: str, rounds: int = 5) -> float:
     """Median milliseconds from a prompt of `tokens` tokens to its last logits, on one row."""
     ids = torch.zeros(1, tokens, dtype=torch.int64)
     times = []

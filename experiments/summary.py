@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from dataset.files import canonical, digest, write_bytes
 from experiments.sweep import Run, Sweep
@@ -128,9 +129,13 @@ def metrics_of(evaluation: dict[str, Any], head: str) -> dict[str, float]:
         name = spec.partition(":")[0]
         for cell, scores in cells.items():
             out[name if cell == "all" else f"{name} {cell}"] = scores["accuracy"]
-    return {k: short(v) for k, v in out.items() if v is not None}
+    return {k: short(v) for k, v in out.items() if v is not None and math.isfinite(v)}
 
 
+@overload
+def short(value: float) -> float: ...
+@overload
+def short(value: None) -> None: ...
 def short(value: float | None) -> float | None:
     """Six digits: what a measurement is worth, and lines that can be read."""
     return None if value is None else float(f"{value:.6g}")

@@ -200,9 +200,9 @@ def mistakes(spec: SweepSpec, cases: Mapping[str, CaseSpec]):
     for name, case in cases.items():
         if case.after is not None and (case.after not in cases or cases[case.after].after):
             yield f"cases.{name}.after: {case.after!r} is no case that starts from nothing"
-        for data in case.on:
-            if data not in spec.data:
-                yield f"cases.{name}.on: no data {data!r}; there are {', '.join(spec.data)}"
+        for wanted in case.on:
+            if wanted not in spec.data:
+                yield f"cases.{name}.on: no data {wanted!r}; there are {', '.join(spec.data)}"
     for name, data in spec.data.items():
         for task in data.tasks:
             try:
