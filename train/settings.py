@@ -10,6 +10,9 @@ from train.outer import team
 from train.world import World
 
 
+ELEMENTWISE = ("adamw", "stableadamw", "lion", "adan", "schedulefree")  # work on parameters that are cut
+
+
 def check(config: Config, world: World) -> None:
     """Raises ConfigError with everything that is wrong."""
     rows = micro_rows(config.run, world, team.parts(config, world))
@@ -27,8 +30,13 @@ def _clashes(config: Config, world: World, rows: int) -> Iterator[str]:
         if config.nowcast.every:
             yield "nowcast: schedulefree keeps two sets of weights; a jump would move one of them"
     if run.parallel != "ddp" and world.size > 1:
-        if optim.name != "adamw":
-            yield f"optim.name: {optim.name} wants whole parameters; with run.parallel: {run.parallel}, adamw"
+        if optim.name not in ELEMENTWISE:
+            yield (
+                f"optim.name: {optim.name} wants whole parameters; with run.parallel: {run.parallel} one of "
+                f"{', '.join(ELEMENTWISE)}"
+            )
+        if optim.kahan:
+            yield f"optim.kahan: not with run.parallel: {run.parallel}, whose groups have one type each"
         if config.nowcast.every:
             yield f"nowcast: not with run.parallel: {run.parallel}; its history is of whole weights"
     if optim.kahan and run.precision != "bf16":
@@ -45,12 +53,5 @@ def _clashes(config: Config, world: World, rows: int) -> Iterator[str]:
             yield "run.spike_sigma: with optim.release a step is taken before its gradient norm is known"
         if optim.wiener:
             yield "optim.wiener: with optim.release a step is taken before its gradients are at hand"
-    if run.parallel != "ddp" and world.size > 1:
-        if optim.name in ("adam_mini", "adalomo"):
-            yield f"run.parallel: {optim.name} keeps moments of another shape than the weights; use ddp"
-        if optim.kahan:
-            yield f"run.parallel: {run.parallel} cuts groups of one type, optim.kahan makes two; use ddp"
-        if config.nowcast.every:
-            yield "run.parallel: nowcast reads whole weights; use ddp"
     if config.select.rho is not None and not any(h.shift == 1 for h in config.heads.values()):
         yield "select.rho: the reference predicts the next token, and no head here does"
