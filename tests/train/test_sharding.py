@@ -140,3 +140,15 @@ def back(runs: Path, step: int) -> None:
         for folder in checkpoint.saved(run):
             if int(folder.name.removeprefix("step_")) > step:
                 shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_sharded_workers_of_an_outer_loop(here, data) -> None:
+    """parallel: two DiLoCo workers of two sharded ranks each train what two workers of one rank do."""
+    sets = ("outer={kind: diloco, workers: 2, every: 2}",)
+    for folder, ranks, how in (("one", 2, "ddp"), ("two", 4, "fsdp2")):
+        done = command(
+            *words(data, folder, f"run.parallel={how}", *sets, archs=("onion",)), cwd=here, ranks=ranks
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert far(end(here / "one"), end(here / "two")) < 1e-5
