@@ -91,7 +91,8 @@ class RunHooks:
         if self._flops is None:
             self._flops = state.model.flops_per_token(self.config.run.context)
         means["mfu"] = means["tokens_per_s"] * self._flops / self.peak if self.peak else None
-        where = {"tokens": state.tokens, "origin": state.origin, "lr": result.lr, "skipped": state.skipped}
+        where: dict[str, Any] = {"tokens": state.tokens, "origin": state.origin}
+        where |= {"lr": result.lr, "skipped": state.skipped}
         if traffic := state.outer.report():
             where["outer"] = traffic
         state.outer.tell(loss=means["loss"], tokens_per_s=means["tokens_per_s"])
