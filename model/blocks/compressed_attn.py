@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.blocks._windows import Windows, make_windows, most, newest, places_seen, store, take
+from model.blocks._windows import Windows, make_windows, newest, places_seen, store, take
 from model.core import Block, Cost, Ctx, Docs, State, Step, docs_of, rotary_positions
 from model.ops.attention import Places, attend
 from model.ops.attention.cache import FixedKV, GrowingKV, View, empty_cache, extend
@@ -91,7 +91,7 @@ class CompressedAttention(Block):
         widths = self.head_dim, self.head_dim
         kv = empty_cache(batch, like, heads=self.kv_heads, widths=widths, capacity=capacity)
         assert isinstance(kv, GrowingKV | FixedKV)
-        slots = most(capacity or 0, self.grid.pool, self.grid.stride)
+        slots = (capacity or 0) // self.grid.stride
         k, v = (like.new_zeros(batch, slots, self.kv_heads, self.head_dim) for _ in range(2))
         return NSAState(kv, k, v)
 
@@ -118,7 +118,7 @@ class CompressedAttention(Block):
         y = self.o_proj(y.flatten(2))
         if state is None or kv is None:
             return Step(y)
-        slots = most(kv.k.shape[1], grid.pool, grid.stride)
+        slots = kv.k.shape[1] // grid.stride
         return Step(y, NSAState._make([kv, *(store(o, n, windows, slots) for o, n in zip(state[1:], new))]))
 
     def _pool(self, tokens: Tensor, which: int, windows: Windows, state: NSAState | None) -> Tensor:
@@ -150,12 +150,12 @@ class CompressedAttention(Block):
         return attend(q, k, v, at=at, key_at=key_at, window=W, span=W)
 
     def cost(self, T: int) -> Cost:
-        """FLOPs of the three branches, masked products included. Pooled keys of an unfinished block are not
-        there, which `state_fixed` makes up for."""
+        """FLOPs of the three branches, masked products included. There is room for whole strides only, which
+        `state_fixed` makes up for."""
         grid, G, K = self.grid, self.kv_heads, self.head_dim
-        flops = nsa_flops(T, self.heads, G, K, grid) + attention_flops(T, self.heads, K, self.window)
+        flops = nsa_flops(T, self.heads, K, grid) + attention_flops(T, self.heads, K, self.window)
         token = 2.0 * G * K * self.k_proj.weight.element_size()
-        missing = most(T, grid.pool, grid.stride) - T / grid.stride
+        missing = T // grid.stride - T / grid.stride
         return Cost(flops, 8.0 + missing * token, token + token / grid.stride)
 
 
