@@ -44,7 +44,7 @@ class Link:
         meta = {"terms": asdict(terms), "identity": dict(identity), "lease": lease, "time": time.time()}
         answer = self.ask("join", meta)
         if answer.kind == "wait":  # the first worker brings the first parameters
-            answer = self.ask("join", meta, memoryview(np.ascontiguousarray(theta, "float32")))
+            answer = self.ask("join", meta, np.ascontiguousarray(theta, "float32").data)
         return bool(answer.meta["resumed"])
 
     def lease(self, report: dict[str, Any] | None = None) -> tuple[Lease | None, np.ndarray]:
@@ -62,7 +62,7 @@ class Link:
     def push(self, lease: int, seconds: float, code: np.ndarray, report: dict[str, Any] | None = None) -> str:
         """The verdict on a delta, see `coordinator.VERDICTS`. Safe to repeat."""
         meta = {"lease": lease, "seconds": seconds, "report": report}
-        return str(self.ask("push", meta, memoryview(code)).meta["verdict"])
+        return str(self.ask("push", meta, np.ascontiguousarray(code).data).meta["verdict"])
 
     def status(self) -> dict[str, Any]:
         return self.ask("status", {}).meta

@@ -43,8 +43,10 @@ class Traffic:
 class Comm(Protocol):
     """Two collectives on uint8 host arrays; all arrays of a call have the same length on every worker."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
 
     def swap(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
         """parts[j] goes to worker j; returns what each worker sent to this one."""
