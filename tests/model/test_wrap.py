@@ -136,7 +136,7 @@ def test_keeping_everything_at_gate_one_is_the_plain_stack():
     torch.testing.assert_close(wrapped_lm(x).logits, plain(x).logits, rtol=1e-6, atol=1e-6)
     wrapped_lm.train()(x)
     upkeep(wrapped_lm)
-    assert wrapped_lm.bank["b0_mod"].threshold == float("-inf")
+    assert wrapped_lm.bank["b0_mod"].select.threshold == float("-inf")
 
 
 @pytest.mark.parametrize("router", ["threshold", "topk"])
