@@ -9,7 +9,6 @@ from train.feed import micro_rows
 from train.outer import team
 from train.world import World
 
-
 ELEMENTWISE = ("adamw", "stableadamw", "lion", "adan", "schedulefree")  # work on parameters that are cut
 
 

@@ -15,13 +15,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model.lm import LanguageModel
@@ -92,12 +89,8 @@ def like(value: Tensor, own: Tensor) -> Tensor:
     """A copy of `value` [as `own`], on its device, cut as `own` is cut; no rank waits for another."""
     if not isinstance(own, DTensor):
         return value.to(own.device, copy=True)
-    shape, offset = compute_local_shape_and_global_offset(own.shape, own.device_mesh, own.placements)
-    mine = value[tuple(slice(o, o + n) for o, n in zip(offset, shape))]
-    local = mine.to(own.device, copy=True, memory_format=torch.contiguous_format)
-    return DTensor.from_local(
-        local, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
-    )
+    # src_data_rank=None: every rank cuts its part out of its own copy
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None).clone()
 
 
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
@@ -111,11 +104,3 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 def _is_whole(placement: Any) -> bool:
     return isinstance(placement, Replicate)
-
-
-def across_sum(value: Tensor, world: World) -> Tensor:
-    """The sum over workers of this rank's part of a tensor, in place."""
-    if world.workers > 1:
-        local = value.to_local() if isinstance(value, DTensor) else value
-        dist.all_reduce(local, group=world.across)
-    return value
