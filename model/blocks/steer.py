@@ -94,7 +94,7 @@ class Steer(Block):
         own = self.mlp.init_state(batch, like, capacity)
         if self.how == "gates":
             return own, self.swa.init_state(batch, like, capacity)
-        shape = batch, self.swa.window, self.swa.kv_heads, self.swa.head_dim
+        shape = (batch, self.swa.window or 0, self.swa.kv_heads, self.swa.head_dim)
         counts = (torch.zeros(batch, dtype=torch.int64, device=like.device) for _ in range(2))
         return own, KeptKV(like.new_zeros(shape), like.new_zeros(shape), *counts)
 
