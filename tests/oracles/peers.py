@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.blocks._windows import make_windows, take
 from model.core import Ctx, Docs
 from model.ops import linear
-from model.ops.attention import attend
+from model.ops.attention import Places, attend
 from model.ops.conv import causal_conv
 from model.ops.linear import fla as adapters
+from model.ops.nsa import Grid, Pooled, nsa
 from model.ops.ssd import ssd
 from model.ops.ssd.fla import ssd_fla
 from model.ops.ssd.mamba import ssd_mamba
@@ -193,6 +195,38 @@ def _window(docs: Docs | None) -> Pair:
         return (parallel_attn(q, k, v, window_size=16, cu_seqlens=cu),)
 
     return ours, theirs, _leaves(docs, QKV, (0, T, 1, K), (0, T, 1, K))
+
+
+@pair("nsa", "fla naive_nsa")
+def _nsa(docs: Docs | None) -> Pair:
+    """The pooled and the selected branch with a gate each; its window needs flash-attn."""
+    from fla.ops.nsa import naive
+
+    grid, heads = Grid(8, 8, 8, 4), 16 * H  # the peer takes groups of 16
+    rows = 1 if docs is not None else 2
+
+    def ours(backend: str) -> Fn:
+        backend = "reference" if backend == "reference" else "auto"
+
+        def run(q, k, v, near_gate, far_gate):
+            known = docs or Docs.whole(rows, T)
+            at, windows = Places.of(known), make_windows(known, None, 8, 8, rows, T, q.device)
+            pooled = [take(F.pad(t, (0, 0, 0, 0, 7, 0)), windows.members).mean(2) for t in (k, v)]
+            near, far = nsa(
+                q, k, v, Pooled(*pooled, windows.at, windows.number), grid=grid, at=at, key_at=at,
+                backend=backend,
+            )  # fmt: skip
+            return (near * near_gate[..., None] + far * far_gate[..., None],)
+
+        return run
+
+    def theirs(q, k, v, near_gate, far_gate):
+        cu = None if docs is None else docs.cu_seqlens.long()
+        naive.range = range  # the shim's is for kernels
+        return (naive.naive_nsa(q, k, v, near_gate, far_gate, block_counts=4, block_size=8, cu_seqlens=cu),)
+
+    gate = (0, T, heads)
+    return ours, theirs, _leaves(docs, (0, T, heads, K), QKV, QKV, gate, gate)
 
 
 def _conv_ours(docs: Docs | None, stateful: bool) -> Callable[[str], Fn]:
