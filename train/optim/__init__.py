@@ -120,6 +120,10 @@ def build(
     if len(config.betas) != (3 if config.name == "adan" else 2):
         raise ConfigError([f"optim.betas: {config.name} cannot do with {config.betas}"])
     traits = replace(traits_of(model, no_decay, lr_scales), decay_scale=decay_scales or {})
+    if config.name != "muon":
+        traits = replace(traits, matrix=set())  # no group is split for what nobody reads
+    if config.name != "adam_mini":
+        traits = replace(traits, rows={})
     groups = groups_of(model, traits, config.decay)
     if not groups:
         raise ConfigError(["the model has no trainable parameter; unfreeze something"])
