@@ -68,6 +68,7 @@ ONLY: dict[str, set[str]] = {
 }
 PLACES: dict[str, tuple[str, ...]] = {
     **{name: ("model.ops",) for name in GPU},
+    "cupy": ("model.ops", "train.outer.arrays"),
     "torch": ("model", "train", "experiments", "dataset.loader", "dataset.score", "dataset.continuation"),
     "transformers": (
         "model.compress.decoder",
