@@ -322,7 +322,8 @@ class LanguageModel(nn.Module):
         before it, of `Output`; the state is consumed."""
         table = None if self.embed.gathers else self.embed.table()
         words = self._words(new, table)
-        return self.heads[head].draft(hidden, state, words, n, lambda h: self._scores(h, table).argmax(-1))
+        drafter = cast(Head, self.heads[head])
+        return drafter.draft(hidden, state, words, n, lambda h: self._scores(h, table).argmax(-1))
 
     def generate(self, tokens: Tensor, max_new_tokens: int = 50, **options: Any) -> Tensor:
         """Prompt [B, T] + new tokens [B, T + n]; options as in `model.generate.generate`."""

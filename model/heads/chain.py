@@ -8,7 +8,7 @@ Shape legend: B batch  T time  D model width  S items of a stream
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +98,12 @@ class ChainHead(Head):
         self.reach = config.depth
         self.links = nn.ModuleList(Link(dim, config, norm_eps) for _ in range(config.depth))
 
+    @property
+    def _links(self) -> list[Link]:
+        return [cast(Link, link) for link in self.links]
+
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> State:
-        return tuple(link.init_state(batch, like, capacity) for link in self.links)
+        return tuple(link.init_state(batch, like, capacity) for link in self._links)
 
     def forward(
         self, x: Tensor, state: State | None = None, ctx: Ctx | None = None, words: Words | None = None
@@ -113,7 +117,7 @@ class ChainHead(Head):
         s = Stream(x, words.embed(words.ids).to(x.dtype), at, segments, carried, docs is None)
         found: dict[str, list[Reading]] = {}
         states = []
-        for i, (link, (name, out)) in enumerate(zip(self.links, self.readouts.items(), strict=True)):
+        for i, (link, (name, out)) in enumerate(zip(self._links, self.readouts.items(), strict=True)):
             s, after = link(s, None if state is None else state[i])
             states.append(after)
             if words.labels is not None:
@@ -132,7 +136,7 @@ class ChainHead(Head):
         segments, carried = segments_of(None, len(new), 1, x.device)
         drafted: list[Tensor] = []
         h, rows = blank, words.embed(new).to(x.dtype)
-        for i, link in enumerate(list(self.links)[:n]):
+        for i, link in enumerate(self._links[:n]):
             # What follows the last known item is a blank: only its token is read.
             s, _ = link(Stream(h, rows, torch.zeros_like(segments), segments, carried, True), state[i])
             new = pick(link.norm(s.h[:, -1:]))
@@ -145,7 +149,7 @@ class ChainHead(Head):
     def cost(self, T: int, vocab: int) -> HeadCost:
         """Depth k stands at T - k positions of a row."""
         linear, rest, table = 0.0, Cost(), 0.0
-        for k, link in enumerate(self.links, 1):
+        for k, link in enumerate(self._links, 1):
             n = max(T - k, 0)
             linear += linear_flops(link) * n
             rest += link.cost(n)

@@ -10,7 +10,7 @@ document; nothing after the anchor, and no other block. Rotary positions count f
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,4 +136,4 @@ class SlotStack(nn.Module):
         return self.norm(s)
 
     def rest_flops(self, T: int, blocks: int, slots: int, window: int) -> float:
-        return sum(layer.rest_flops(T, blocks, slots, window) for layer in self.layers)
+        return sum(cast(SlotLayer, m).rest_flops(T, blocks, slots, window) for m in self.layers)

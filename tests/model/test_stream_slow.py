@@ -45,5 +45,6 @@ def test_stream_memory(arch):
     if rate == 0:
         assert set(size.values()) == {told.total("state_fixed")}
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 16 * 1024  # KiB
-    else:  # a cache that doubles holds between one and two times what it needs
-        assert told.state_bytes(total) * 0.7 <= size[total] <= 2.1 * told.state_bytes(total) + 4096
+    else:  # a cache that doubles holds up to twice what it needs; untrained, a chunker may keep every token
+        most = 2.1 * told.state_bytes(total) * max(1.0, *(getattr(m, "merge", 1.0) for m in lm.bank.values()))
+        assert told.state_bytes(total) * 0.7 <= size[total] <= most + 4096
