@@ -2,7 +2,7 @@
 
     mqar, copy, passkey    made from a seed (`dataset.tasks`): share of answers whose every token is the
                            model's first choice, given the right tokens before it
-    mmlu                   the 282 worked questions of 57 subjects that the package lm-eval carries (not the
+    mmlu                   the worked questions of 57 subjects that the package lm-eval carries (281; not the
                            test set): four choices, so chance is 0.25
 
 Shape legend: B samples  T tokens  V vocabulary.
