@@ -28,6 +28,10 @@ def _clashes(config: Config, world: World, rows: int) -> Iterator[str]:
             yield "run.ema: schedulefree evaluates and saves an average already"
         if config.nowcast.every:
             yield "nowcast: schedulefree keeps two sets of weights; a jump would move one of them"
+        if config.outer.kind != "none":
+            yield "outer.kind: an outer loop moves one set of weights, and schedulefree keeps two"
+    if config.outer.kind != "none" and config.nowcast.every:
+        yield "nowcast: a worker's path has the outer loop's jumps in it; choose one of the two"
     if run.parallel != "ddp" and world.size > 1:
         if optim.name not in ELEMENTWISE:
             yield (

@@ -254,6 +254,13 @@ def test_decay_now_is_refused_where_it_means_nothing(request_of) -> None:
 BAD = {
     "kahan in fp32": ("optim={name: lion, kahan: true}", "precision"),
     "schedule-free with a decay": ("optim.name=schedulefree", "schedule.kind"),
+    "schedule-free under an outer loop": (
+        "outer.kind=diloco",
+        "an outer loop moves one set",
+        "optim.name=schedulefree",
+        "schedule.kind=constant",
+    ),
+    "nowcast under an outer loop": ("outer.kind=diloco", "choose one of the two", "nowcast.every=2"),
     "release in pieces": ("optim={name: adalomo, release: true, clip: 0.0}", "run.micro"),
     "release with clipping": ("optim={name: adalomo, release: true}", "clip: 0"),
     "selection without a reference": ("select.rho={keep: 0.5}", "ref"),
@@ -269,8 +276,9 @@ def test_bad_values_are_refused_before_anything_is_written(place, data, monkeypa
     from train.pretrain import main
 
     monkeypatch.chdir(place)
-    sets, expected = BAD[case]
-    assert main(["--arch", "tiny.yaml", "--data", str(data), "--set", sets]) == 2
+    first, expected, *more = BAD[case]
+    words = [word for item in (first, *more) for word in ("--set", item)]
+    assert main(["--arch", "tiny.yaml", "--data", str(data), *words]) == 2
     error = capsys.readouterr().err
     assert expected in error and "Traceback" not in error and not (place / "runs").exists()
 
