@@ -83,7 +83,8 @@ class LatentLabForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; every tensor must be there. Raises ValueError otherwise."""
         want_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         wrong = {k: sorted(map(str, v)) for k, v in info.items() if v and k.endswith("_keys")}
         if wrong:
             raise ValueError(f"the weights do not fit the architecture of config.json: {wrong}")
@@ -141,7 +142,8 @@ class LatentLabForCausalLM(PreTrainedModel, GenerationMixin):
         out = self.lm(input_ids, docs=docs, state=states, last=logits_to_keep == 1)
         if cache is not None:
             cache.states, cache.seen = out.state, cache.seen + T
-        result = CausalLMOutputWithPast(logits=out.logits[:, -logits_to_keep:], past_key_values=cache)
+        past: Any = cache  # it does for `generate` what a transformers Cache does
+        result = CausalLMOutputWithPast(logits=out.logits[:, -logits_to_keep:], past_key_values=past)
         return result.to_tuple() if return_dict is False else result
 
 

@@ -57,20 +57,21 @@ def export_model(source: str | Path, out: str | Path) -> None:
 def hugging(lm: LanguageModel, eos: int | None = None) -> LatentLabForCausalLM:
     """The same model as a transformers one, sharing its weights."""
     plain = configs.dump(lm.config)
-    config = LatentLabConfig(
-        arch={key: plain[key] for key in ARCH_KEYS} | {"name": lm.config.name, "vocab": lm.vocab},
-        embed_width=lm.embed.weight.shape[1],
-        vocab_size=lm.vocab,
-        hidden_size=lm.config.dim,
-        num_hidden_layers=sum(isinstance(item, Visit) for item in lm.plan.walk()),
-        eos_token_id=eos,
-        bos_token_id=None,
-        pad_token_id=eos,
-        auto_map={
+    about: dict[str, Any] = {
+        "arch": {key: plain[key] for key in ARCH_KEYS} | {"name": lm.config.name, "vocab": lm.vocab},
+        "embed_width": lm.embed.weight.shape[1],
+        "vocab_size": lm.vocab,
+        "hidden_size": lm.config.dim,
+        "num_hidden_layers": sum(isinstance(item, Visit) for item in lm.plan.walk()),
+        "eos_token_id": eos,
+        "bos_token_id": None,
+        "pad_token_id": eos,
+        "auto_map": {
             "AutoConfig": "modeling_latent_lab.LatentLabConfig",
             "AutoModelForCausalLM": "modeling_latent_lab.LatentLabForCausalLM",
         },
-    )
+    }
+    config = LatentLabConfig(**about)
     model = LatentLabForCausalLM(config)
     model.lm = lm
     return model.eval()
