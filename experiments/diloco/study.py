@@ -52,6 +52,7 @@ HERE = Path(__file__).resolve().parent
 RUNS = ROOT / "runs" / "study-diloco"
 DATA = ROOT / "data" / "pystdlib-bytes"
 K, H = 4, 20
+HOPELESS = 100  # refused pushes after which a run counts as diverged
 PACES = {"w0": 0.58, "w1": 0.75, "w2": 1.51, "w3": 3.33}
 LRS = (1.5e-3, 3e-3, 6e-3)
 OUTER_LRS = (0.35, 0.175, 0.0875)  # of naive_tuned; naive itself has 0.7
@@ -134,8 +135,10 @@ def train(case: Case, config: Config, data: Any, steps: int) -> dict[str, Any]:
     heldout = data.view(config.run.context, seed=0, split="heldout")
     total, batch = steps * arm.steps, config.run.batch * arm.batch
 
-    def score(lm: Any, tokens: int, seconds: float) -> None:
-        scores = evaluate(lm, heldout, config.run, World())
+    def score(lm: Any, tokens: int, seconds: float, last: bool) -> None:
+        """The last point of a curve is the result; those along the way are for the picture."""
+        settings = config.run if last else replace(config.run, eval_tokens=8192)
+        scores = evaluate(lm, heldout, settings, World())
         curve.append({"tokens": tokens, "seconds": seconds, "bpb": scores.bpb["next"]})
 
     per_step = batch * config.run.context
@@ -144,7 +147,7 @@ def train(case: Case, config: Config, data: Any, steps: int) -> dict[str, Any]:
         for at in range(total):
             alone.step(0, at, batch)
             if (at + 1) % max(1, total // 8) == 0 or at + 1 == total:
-                score(alone.lm, (at + 1) * per_step, (at + 1) * PACES["w0"])
+                score(alone.lm, (at + 1) * per_step, (at + 1) * PACES["w0"], at + 1 == total)
         return {"bpb": curve[-1]["bpb"], "curve": curve, "sent": 0}
     outer = replace(config.outer, every=H, shards=K, lr=case.outer_lr, stale=10**6, **arm.outer)
     workers = {name: Trainer(config, data, K, total, case.lr) for name in PACES}
@@ -152,6 +155,8 @@ def train(case: Case, config: Config, data: Any, steps: int) -> dict[str, Any]:
     core = Coordinator(terms_of(outer, judge.fragments, total), judge.get())
 
     def work(name: str, theta: np.ndarray, lease: Lease) -> np.ndarray:
+        if core.rejected > HOPELESS:
+            raise FloatingPointError
         workers[name].put(theta)
         for i in range(lease.steps):
             workers[name].step(lease.shard, lease.first + i, batch)
@@ -166,17 +171,14 @@ def train(case: Case, config: Config, data: Any, steps: int) -> dict[str, Any]:
             mark = next(marks, 10**12)
             mine = judge.get()
             judge.put(core.theta)
-            score(judge.lm, sum(core.visited) * per_step, now)
+            score(judge.lm, sum(core.visited) * per_step, now, core.done)
             judge.put(mine)
 
-    result = simulate(core, PACES, work, watch=watch)
-    facts = {
-        "seconds": result.seconds,
-        "sent": result.sent,
-        "pushes": result.pushes,
-        "rejected": core.rejected,
-    }
-    return {"bpb": curve[-1]["bpb"], "curve": curve, **facts}
+    try:
+        result = simulate(core, PACES, work, watch=watch)
+    except FloatingPointError:
+        return {"bpb": None, "curve": curve, "rejected": core.rejected}
+    return {"bpb": curve[-1]["bpb"], "curve": curve, **vars(result), "rejected": core.rejected}
 
 
 def result(case: Case, config: Config, data: Any, steps: int) -> dict[str, Any]:
@@ -211,7 +213,7 @@ def summary(arms: dict[str, list[dict[str, Any]]]) -> str:
     ]
     for name, runs in arms.items():
         mean = Mean.of([bpb(r) for r in runs])
-        hours = statistics.fmean(r["curve"][-1]["seconds"] for r in runs) / 3600
+        hours = statistics.fmean([r["curve"][-1]["seconds"] for r in runs if r["curve"]] or [math.nan]) / 3600
         lines.append(
             f"| {name} | {mean.value:.3f} | ±{mean.half:.3f} | {runs[0]['lr']:g} "
             f"| {runs[0]['outer_lr'] if ARMS[name].outer else '-'} | {hours:.2f} |"

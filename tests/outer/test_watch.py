@@ -1,0 +1,77 @@
+"""Command lines: serve and status HOST:PORT."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tests.outer.test_async import IDENTITY, SECRET, serving
+from tests.outer.test_frames import TERMS, THETA, N
+from train.outer import watch
+from train.outer.client import Link
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_table_says_who_does_what(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        at = f"127.0.0.1:{server.address[1]}"
+        link = Link(at, SECRET, "box-1", 5)
+        link.join(TERMS, IDENTITY, THETA)
+        lease, _ = link.lease()
+        code = server.core.codec.encode(np.ones(N, "float32"))
+        link.push(lease.id, 2.0, code, {"loss": 1.25, "tokens_per_s": 1234.0})
+        out = io.StringIO()
+        Console(file=out, width=140).print(watch.table(at, link.status()))
+        link.close()
+    text = out.getvalue()
+    assert "version 1" in text and "100/200 steps in 2 shards" in text
+    assert all(word in text for word in ("box-1", "working", "1,234", "1.2500", "MB"))
+
+
+def test_an_address_is_no_folder(tmp_path: Path) -> None:
+    assert watch.is_address("10.0.0.1:29500") and watch.is_address("[::1]:80")
+    assert not watch.is_address("runs/x") and not watch.is_address(str(tmp_path))
+
+
+def test_what_serve_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.delenv("LATENT_LAB_SECRET", raising=False)
+    assert watch.serve(["--dir", str(tmp_path / "a")]) == 2
+    assert "a secret of at least 16 characters" in capsys.readouterr().err
+    monkeypatch.setenv("LATENT_LAB_SECRET", SECRET.decode())
+    assert watch.serve(["--dir", str(tmp_path / "a"), "--listen", "here"]) == 2
+    assert "want HOST:PORT" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert watch.serve(["--dir", str(tmp_path / "a"), "--listen", f"127.0.0.1:{port}"]) == 2
+    assert "cannot listen there" in capsys.readouterr().err
+
+
+def test_serve_stops_on_sigterm_and_goes_on(tmp_path: Path) -> None:
+    """A process of its own: a push, SIGTERM, a second process that knows it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        at = f"127.0.0.1:{free.getsockname()[1]}"
+    env = {**os.environ, "LATENT_LAB_SECRET": SECRET.decode()}
+    words = [sys.executable, "-m", "train.outer.watch", "--dir", str(tmp_path), "--listen", at]
+    link = Link(at, SECRET, "w", 60)
+    for round_ in (1, 2):
+        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+        try:
+            link.join(TERMS, IDENTITY, THETA)
+            lease, theta = link.lease()
+            np.testing.assert_allclose(theta[0], THETA[0] if round_ == 1 else THETA[0] - 0.35, rtol=1e-6)
+            link.push(lease.id, 1.0, np.full(N, 1.0, "float32").view(np.uint8))
+            assert link.status()["version"] == round_
+        finally:
+            link.close()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
