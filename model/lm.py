@@ -128,6 +128,7 @@ class LanguageModel(nn.Module):
         if labels is None:
             out.hidden, out.logits = self._logits(x, table, words, run, last)
         else:
+            assert table is not None  # left out only where there are no labels
             self._losses(x, self._unembed(table), words, norms, run, out, reference)
         out.aux = merge_aux(run.aux)
         if out.loss is not None:

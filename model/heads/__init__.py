@@ -12,6 +12,8 @@ the chunked cross-entropy, so no batch of logits is ever held.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from model.heads.base import Head, HeadCost, HeadStep, Reading, Readout, Words
 from model.heads.blockwise import MaskHead, VarHead
 from model.heads.chain import ChainHead
@@ -24,7 +26,7 @@ __all__ = [
     "shift_weights",
 ]  # fmt: skip
 
-KINDS: dict[str, type[Head]] = {
+KINDS: dict[str, Callable[[int, HeadConfig, float], Head]] = {
     "single": SingleHead,
     "parallel": ParallelHead,
     "chain": ChainHead,

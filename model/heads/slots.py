@@ -57,9 +57,9 @@ def blocks_of(docs: Docs | None, B: int, T: int, size: int, phase: int, device: 
 
 
 class Sight(NamedTuple):
-    """Which trunk states each block sees: index [N, W] into the flattened B*S, seen [N, W] bool."""
+    """Which trunk states each block sees: places [N, W] in the flattened B*S, seen [N, W] bool."""
 
-    index: Tensor
+    places: Tensor
     seen: Tensor
 
 
@@ -99,13 +99,13 @@ class SlotLayer(nn.Module):
     def forward(self, s: Tensor, trunk: Tensor, sight: Sight) -> Tensor:
         """s [N, L, D], trunk [B, S, D] -> [N, L, D]."""
         N, L, _ = s.shape
-        W = sight.index.shape[1]
+        W = sight.places.shape[1]
         x, memory = self.norm(s), self.trunk_norm(trunk).flatten(0, 1)
         place = torch.arange(W + L, device=s.device)[None]
         cos, sin = rope_tables(place, self.head_dim, self.theta, x.dtype)
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
         k, v = (
-            torch.cat([p(memory)[sight.index], p(x)], dim=1).unflatten(-1, (-1, self.head_dim))
+            torch.cat([p(memory)[sight.places], p(x)], dim=1).unflatten(-1, (-1, self.head_dim))
             for p in (self.k_proj, self.v_proj)
         )
         q, k = rope(q, cos[:, W:], sin[:, W:]), rope(k, cos, sin)
