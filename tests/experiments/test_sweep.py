@@ -153,6 +153,18 @@ def test_the_report_is_rebuilt_byte_for_byte(sweep, capsys) -> None:
     assert html.count("data:image/png;base64,") == 2 and "<table>" in html and "http" not in html
 
 
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = sorted(p for p in (ROOT / "experiments").glob("*/*.yaml") if "\nquestion:" in p.read_text())
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_question_can_be_run(path) -> None:
+    """Features change under the sweeps that use them; a question also says what was expected."""
+    found = read(path)
+    assert found.runs and len({found.key(r) for r in found.runs}) == len(found.runs)
+    assert "prediction" in (path.parent / "README.md").read_text().lower()
+
+
 def test_intervals_and_verdicts() -> None:
     mean = Mean.of([1.0, 2.0, 3.0])
     assert mean.value == 2 and mean.half == pytest.approx(4.303 / math.sqrt(3))
