@@ -127,12 +127,16 @@ def estimate_rows(found: dict, workers: int) -> list[tuple[str, str]]:
     ]
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dataset", description="The dataset side of the lab.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m dataset", description="The dataset side of the lab.")
+    commands = p.add_subparsers(dest="command", required=True)
     add_prepare(commands)
     others.add(commands)
-    args = parser.parse_args(argv)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     try:
         return args.run(args)
     except DatasetError as error:

@@ -38,8 +38,7 @@ An ARCH is a YAML file, or the name of one in the working folder or in model/arc
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code: 0, or 2 for a configuration or command line that is wrong."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         args.run(args)
         sys.stdout.flush()
@@ -51,14 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
         prog="python -m model",
         description="Look at architectures, and talk to what was trained.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = p.add_subparsers(required=True, metavar="COMMAND")
     _add_show(commands)
     _add_generate(commands)
     _add_exchange(commands)
@@ -66,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "backends", help="which implementations of each operator run here, or why not"
     )
     command.set_defaults(run=lambda args: backends())
-    return parser
+    return p
 
 
 def _add_show(commands: argparse._SubParsersAction) -> None:

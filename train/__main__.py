@@ -21,7 +21,7 @@ from train.metrics import read
 from train.outer import watch as outer_watch
 
 
-def main(argv: list[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m train", description="Look at training runs.")
     commands = p.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="the server of outer.kind: async", add_help=False)
@@ -39,10 +39,14 @@ def main(argv: list[str] | None = None) -> int:
     report = commands.add_parser("report", help="a page with plots and sample text")
     report.add_argument("runs", type=Path, nargs="+", help="run folders, in the order they grew")
     report.add_argument("--out", type=Path, default=None, help="folder of the page (default: RUN/report)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["serve"]:
         return outer_watch.serve(words[1:])
-    args = p.parse_args(words)
+    args = parser().parse_args(words)
     try:
         if args.command == "status" and outer_watch.is_address(str(args.runs[0])):
             outer_watch.status(str(args.runs[0]), args.secret_file, live=bool(args.watch))

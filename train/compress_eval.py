@@ -22,20 +22,30 @@ from train.compress_quant import load_quantized
 from train.errors import EXIT_USER, UserError
 
 
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="compress_eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--compressor", type=Path, default=None, help="RUN/best, or any saved compressor")
+    p.add_argument("--decoder", required=True, help="the one it was trained around")
+    p.add_argument(
+        "--models", type=Path, default=Path("models"), help="where packaged weights are converted to"
+    )
+    p.add_argument("--data", required=True, help="see train/compress_data.py")
+    p.add_argument("--mode", choices=("AC", "FA"), default="AC", help="the compressor, or full attention")
+    p.add_argument("--context", type=int, default=256, help="tokens that are compressed (256)")
+    p.add_argument("--target", type=int, default=64, help="tokens that are scored (64)")
+    p.add_argument("--examples", type=int, default=128, help="held-out windows that are scored (128)")
+    p.add_argument("--batch", type=int, default=8, help="windows a forward pass (8)")
+    p.add_argument(
+        "--ratio", type=float, default=None, help="source tokens per slot, where a method takes it"
+    )
+    p.add_argument("--budget", type=int, default=None, help="slots, where a method takes it")
+    return p
+
+
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--compressor", type=Path, default=None)
-    p.add_argument("--decoder", required=True)
-    p.add_argument("--models", type=Path, default=Path("models"))
-    p.add_argument("--data", required=True)
-    p.add_argument("--mode", choices=("AC", "FA"), default="AC")
-    p.add_argument("--context", type=int, default=256)
-    p.add_argument("--target", type=int, default=64)
-    p.add_argument("--examples", type=int, default=128)
-    p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--ratio", type=float, default=None)
-    p.add_argument("--budget", type=int, default=None)
-    args = p.parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         if args.mode == "AC" and args.compressor is None:
             raise UserError("give --compressor RUN/best, or --mode FA for the full-attention baseline")

@@ -210,7 +210,7 @@ def task_table(spec: str, scores: dict[str, Any]) -> Table:
     return table
 
 
-def main(argv: list[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.split("\n")[0])
     p.add_argument("run", type=Path, help="run folder, or one of its checkpoints")
     p.add_argument("--data", type=Path, default=None, help="dataset (default: the one it was trained on)")
@@ -225,7 +225,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--samples", type=int, default=50, help="per task and difficulty (default 50)")
     p.add_argument("--ema", action="store_true", help="the averaged weights (run.ema) in place of the last")
     p.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     try:
         result = evaluate(args.run, args.data, args.tokens, args.tasks, args.samples, args.ema)
         if (args.run / rundir.ABOUT).is_file():
