@@ -1,6 +1,6 @@
 """Quality filters and MinHash deduplication with datatrove, before `python -m dataset prepare`.
 
-    pip install 'datatrove[processing]'
+    pip install -e '.[prepare]'
     python dataset/pipelines/filter_dedupe.py raw/ clean/ --tasks 8
     python -m dataset prepare --source clean/deduplicated --tokenizer TOKENIZER --out data/clean
 
@@ -79,10 +79,16 @@ def main() -> int:
     parser.add_argument("--time", default="24:00:00", help="limit of a Slurm job")
     args = parser.parse_args()
     try:
-        from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
-    except ImportError:
-        print("error: datatrove is not installed. Run: pip install 'datatrove[processing]'", file=sys.stderr)
+        return run(args)
+    except ImportError as error:  # datatrove itself, or a package that one of its steps wants
+        print(f"error: {error}. Run: pip install -e '.[prepare]'", file=sys.stderr)
         return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """All stages, here or on Slurm. Raises ImportError for packages that are not there."""
+    from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+
     before = None
     for name, pipeline, tasks in stages(args.source, args.out, args.tasks):
         logs = str(args.out / "logs" / name)
