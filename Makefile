@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow test-gpu oracles bench study-onion study-diloco study-compression lint clean
+.PHONY: help setup demo test test-slow test-gpu oracles bench study-onion sweep study-diloco study-compression lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -33,6 +33,10 @@ study-onion: $(STAMP)  ## does growing pay? the onion beside its controls, at eq
 
 study-diloco: $(STAMP)  ## DiLoCo, async and delayed Nesterov in miniature; resumable
 	$(PY) -m experiments.diloco.study
+
+sweep: $(STAMP)  ## answer a question of experiments/: make sweep Q=mixers; resumable
+	$(PY) -m experiments run experiments/$(Q)
+	$(PY) -m experiments report experiments/$(Q)
 
 study-compression: $(STAMP)  ## the compression methods and their baselines on one scoreboard; resumable
 	$(PY) -m experiments.compression.study
