@@ -100,3 +100,21 @@ def test_user_errors_end_with_2(place: Path, data: Path, monkeypatch: pytest.Mon
     assert main([*words, sets]) == 2
     monkeypatch.delenv("LATENT_LAB_SECRET")
     assert main([*words, sets, "--resume"]) == 2
+
+
+@pytest.mark.slow
+def test_a_worker_of_two_sharded_ranks_is_a_worker(place: Path, data: Path) -> None:
+    """outer.workers: 1 on two FSDP2 ranks, stopped by nothing: the same as one process, and resumable."""
+    sets = ["--data", data, "--set", "outer={kind: diloco, every: 4, workers: 1}"]
+    ends = {}
+    for name, ranks, more in (("one", 0, []), ("two", 2, ["--set", "run.parallel=fsdp2"])):
+        words = ["--arch", place / "tiny.yaml", *sets, *more, "--run-dir", place / name]
+        done = command(*words, cwd=place, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        ends[name] = checkpoint.load(checkpoint.saved(place / name)[0])
+    for n, t in ends["one"].model.items():
+        torch.testing.assert_close(ends["two"].model[n], t, rtol=0, atol=1e-5, msg=n)
+    assert len(ends["two"].train["outer"]["ranks"]) == 2
+    halves = [r["replicas"][0]["outer"].numel() for r in ends["two"].train["outer"]["ranks"]]
+    whole = ends["one"].train["outer"]["ranks"][0]["replicas"][0]["outer"].numel()
+    assert sum(halves) == whole and max(halves) < whole  # each rank keeps the outer state of its part
