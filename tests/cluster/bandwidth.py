@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,7 @@ def main() -> int:
     args = p.parse_args()
     if why := missing():
         raise SystemExit(f"error: {why}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the LAN is taken down
     port, facts, every = 29600, [], args.every
     if not every:
         probe = once("diloco", 4, 1, args.dim, None, port)
