@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, overload
@@ -51,13 +52,15 @@ def place(line: Line) -> tuple[str, str, str, int]:
 def put(sweep: Sweep, *new: Line) -> None:
     """Write lines in place of earlier ones about the same, in the sweep's order; safe among processes."""
     path = file_of(sweep)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = os.open(path.parent, os.O_RDONLY)  # locked itself, so that no lock file is left
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         lines = {place(line): line for line in [*read(path), *(plain(line) for line in new)]}
         names = {name: n for n, name in enumerate(sweep.cases)}
         order = sorted(lines.values(), key=lambda x: (place(x)[:2], names.get(x["case"], 1 << 30), place(x)))
         write_bytes(path, "".join(json.dumps(line) + "\n" for line in order).encode())
-    path.with_suffix(".lock").unlink(missing_ok=True)
+    finally:
+        os.close(folder)
 
 
 def identity_digest(sweep: Sweep, run: Run) -> str:
