@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from model.blocks._gate import gated, head_gate
-from model.core import Block, Cost, Ctx, State, Step, docs_of, rotary_positions
+from model.blocks._heads import GroupedHeads
+from model.core import Cost, Ctx, State, Step, docs_of, rotary_positions
 from model.ops.attention import attend
 from model.ops.attention.cache import Cache, empty_cache, extend
 from model.ops.attention.cpu import attention_flops
@@ -45,7 +46,7 @@ class Projected(NamedTuple):
 
 
 @block("attention")
-class Attention(Block):
+class Attention(GroupedHeads):
     """y = W_o softmax(q k' / sqrt(K)) v over the query's own document, up to the query.
 
     head_dim: K.
@@ -84,29 +85,17 @@ class Attention(Block):
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
-        super().__init__(dim)
-        heads = _heads(dim, head_dim, heads)
-        if group < 1 or heads % group:
-            raise ValueError(f"group={group} must divide the {heads} query heads")
+        super().__init__(dim, head_dim, group, heads, rotary=position == "rope", theta=theta)
         if position not in POSITIONS:
             raise ValueError(f"position={position!r}: must be one of {', '.join(POSITIONS)}")
         if conv < 0:
             raise ValueError(f"conv={conv}: a width, or 0 for none")
-        if position == "rope" and head_dim % 2:
-            raise ValueError(f"head_dim={head_dim} must be even for RoPE")
-        self.heads, self.kv_heads, self.head_dim = heads, heads // group, head_dim
-        self.position, self.theta, self.backend = position, theta, backend
-        self.q_proj = nn.Linear(dim, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, self.kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, self.kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, dim, bias=False)
-        self.o_proj.residual_out = True  # type: ignore[assignment]
-        self.row_groups = {"q_proj.weight": heads, "k_proj.weight": self.kv_heads}
+        self.position, self.backend = position, backend
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
-        self.sinks = nn.Parameter(torch.zeros(heads)) if sinks else None
+        self.sinks = nn.Parameter(torch.zeros(self.heads)) if sinks else None
         self.conv_weight = nn.Parameter(self._identity_taps(conv)) if conv else None
-        self.head_gate = head_gate(gate, dim, heads)
+        self.head_gate = head_gate(gate, dim, self.heads)
 
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> State:
         widths = self.head_dim, self.head_dim
@@ -183,18 +172,6 @@ class Attention(Block):
         if self.window is None:
             return Cost(flops, state_fixed=fixed, state_per_token=token)
         return Cost(flops, state_fixed=fixed + (self.window - 1) * token)
-
-
-def _heads(dim: int, head_dim: int, heads: int | None) -> int:
-    if heads is not None:
-        return heads
-    if dim % head_dim:
-        near = [d for d in range(min(dim, head_dim), 0, -1) if dim % d == 0 and d % 2 == 0]
-        hint = f" (for example head_dim={near[0]})" if near else ""
-        raise ValueError(
-            f"dim={dim} is not a multiple of head_dim={head_dim}: change one{hint}, or set heads"
-        )
-    return dim // head_dim
 
 
 def alibi_slopes(heads: int, device: torch.device) -> Tensor:

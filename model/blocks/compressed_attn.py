@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from model.blocks._heads import GroupedHeads
 from model.blocks._windows import Windows, make_windows, newest, places_seen, store, take
-from model.core import Block, Cost, Ctx, Docs, State, Step, docs_of, rotary_positions
+from model.core import Cost, Ctx, Docs, State, Step, docs_of
 from model.ops.attention import Places, attend
 from model.ops.attention.cache import FixedKV, GrowingKV, View, empty_cache, extend
 from model.ops.attention.cpu import attention_flops
 from model.ops.attention.places import resolve
 from model.ops.nsa import Grid, Pooled, nsa, nsa_flops
-from model.ops.rope import rope, rope_tables
 from model.registry import block
 
 
@@ -31,7 +31,7 @@ class NSAState(NamedTuple):
 
 
 @block("compressed_attn")
-class CompressedAttention(Block):
+class CompressedAttention(GroupedHeads):
     """y = W_o (g_1 pooled + g_2 selected + g_3 window),  g = sigmoid(W_g x), three gates a head
 
     over the query's own document, up to the query:
@@ -65,26 +65,13 @@ class CompressedAttention(Block):
         theta: float = 10_000.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__(dim)
-        if heads is None and dim % head_dim:
-            raise ValueError(f"dim={dim} is not a multiple of head_dim={head_dim}: change one, or set heads")
-        heads = heads or dim // head_dim
-        if group < 1 or heads % group:
-            raise ValueError(f"group={group} must divide the {heads} query heads")
-        if head_dim % 2:
-            raise ValueError(f"head_dim={head_dim} must be even for RoPE")
+        super().__init__(dim, head_dim, group, heads, theta=theta)
         if window < 1:
             raise ValueError(f"window={window}: tokens, at least 1")
         self.grid = Grid(pool, stride, block, count)
         self.grid.check()
-        self.heads, self.kv_heads, self.head_dim = heads, heads // group, head_dim
-        self.window, self.theta, self.backend = window, theta, backend
-        self.q_proj = nn.Linear(dim, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, self.kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, self.kv_heads * head_dim, bias=False)
-        self.g_proj = nn.Linear(dim, 3 * heads, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, dim, bias=False)
-        self.o_proj.residual_out = True  # type: ignore[assignment]
+        self.window, self.backend = window, backend
+        self.g_proj = nn.Linear(dim, 3 * self.heads, bias=False)
         self.pool_logits = nn.Parameter(torch.zeros(2, self.kv_heads, pool))  # of keys, of values
 
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> NSAState:
@@ -98,10 +85,7 @@ class CompressedAttention(Block):
     def forward(self, x: Tensor, state: NSAState | None = None, ctx: Ctx | None = None) -> Step:
         docs, seen = docs_of(ctx), None if state is None else state.kv.seen
         B, T, _ = x.shape
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        positions = rotary_positions(ctx, seen, B, T, x.device)
-        turn = rope_tables(positions, self.head_dim, self.theta, x.dtype)
-        q, k = rope(q, *turn), rope(k, *turn)
+        q, k, v = self.turned(x, ctx, seen)
         grid = self.grid
         windows = make_windows(docs, seen, grid.pool, grid.stride, B, T, x.device)
         new = [self._pool(t, i, windows, state) for i, t in enumerate((k, v))]

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from model.blocks._heads import GroupedHeads
 from model.blocks.mlp import last_token, token_before
-from model.core import Block, Cost, Ctx, Docs, State, Step, docs_of, fork, rotary_positions
+from model.core import Cost, Ctx, Docs, State, Step, docs_of, fork, rotary_positions
 from model.ops.attention.cache import Cache, FixedKV, doubled, empty_cache, extend
 from model.ops.attention.places import Places, resolve
 from model.ops.pairs import PairMerge, attend_pairs, compact, selected_count
-from model.ops.rope import rope, rope_tables
 from model.registry import block
 
 
@@ -40,7 +40,7 @@ class Pairs(NamedTuple):
 
 
 @block("pair_attn")
-class PairAttention(Block):
+class PairAttention(GroupedHeads):
     """Softmax attention in which what lies before the window is seen two tokens at a time.
 
     Tokens (2i, 2i+1) of a document make one key and one value, from W_k and W_v of their merged input
@@ -72,23 +72,11 @@ class PairAttention(Block):
         hidden: int | None = None,
         theta: float = 10_000.0,
     ) -> None:
-        super().__init__(dim)
-        if heads is None and dim % head_dim:
-            raise ValueError(f"dim={dim} is not a multiple of head_dim={head_dim}: change one, or set heads")
-        heads = heads or dim // head_dim
-        if group < 1 or heads % group:
-            raise ValueError(f"group={group} must divide the {heads} query heads")
-        if head_dim % 2 or window < 1:
-            raise ValueError(f"head_dim={head_dim} must be even for RoPE, and window={window} at least 1")
+        super().__init__(dim, head_dim, group, heads, theta=theta)
+        if window < 1:
+            raise ValueError(f"window={window}: tokens, at least 1")
         selected_count(torch.zeros(1, dtype=torch.int64), r, M)
-        self.heads, self.kv_heads, self.head_dim = heads, heads // group, head_dim
-        self.window, self.r, self.M, self.theta = window, r, M, theta
-        self.q_proj = nn.Linear(dim, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, self.kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, self.kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, dim, bias=False)
-        self.o_proj.residual_out = True  # type: ignore[assignment]
-        self.row_groups = {"q_proj.weight": heads, "k_proj.weight": self.kv_heads}
+        self.window, self.r, self.M = window, r, M
         self.merge = PairMerge(dim, hidden or max(1, dim // 2))
 
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> PairState:
@@ -104,8 +92,8 @@ class PairAttention(Block):
         docs, kv = docs_of(ctx), None if state is None else state.kv
         seen = None if kv is None else kv.seen
         places = rotary_positions(ctx, seen, B, T, x.device)
-        q, (k, v) = self._heads(self.q_proj, x), self._keys(x, places)
-        q = rope(q, *rope_tables(places, self.head_dim, self.theta, x.dtype))
+        q = self.turn(self.split(self.q_proj, x), places)
+        k, v = self._keys(x, places)
         view, after = extend(kv, k, v, docs)
         at, key_at = resolve(q, view.k, view.docs, view.at, view.key_at)
         pairs = self._pairs(x, places, at, state, seen, docs)
@@ -118,14 +106,9 @@ class PairAttention(Block):
             kept = PairState(after, *self._kept(pairs, after, state, docs), last_token(x, state.last, docs))
         return Step(self.o_proj(y.flatten(2)), kept)
 
-    def _heads(self, project: nn.Linear, x: Tensor) -> Tensor:
-        return project(x).unflatten(-1, (-1, self.head_dim))
-
     def _keys(self, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, D] -> keys, rotated to places [B, T], and values, both [B, T, G, K]."""
-        k = self._heads(self.k_proj, x)
-        k = rope(k, *rope_tables(places, self.head_dim, self.theta, x.dtype))
-        return k, self._heads(self.v_proj, x)
+        return self.turn(self.split(self.k_proj, x), places), self.split(self.v_proj, x)
 
     def _pairs(
         self, x: Tensor, places: Tensor, at: Places, state: PairState | None, seen: Tensor | None,

@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.core import Block, Cost, Ctx, Step, at_least_fp32, docs_of, positions_of, rotary_positions
+from model.blocks._heads import GroupedHeads
+from model.core import Cost, Ctx, Step, at_least_fp32, docs_of, positions_of
 from model.ops.attention import Places
-from model.ops.rope import rope, rope_tables
 from model.ops.sparsek import Sizes, SparseKState, sparsek, sparsek_flops
 from model.registry import block
 
 
 @block("sparsek")
-class SparseK(Block):
+class SparseK(GroupedHeads):
     """Attention to the last `window` tokens and to the best of those before them, by learned scores.
 
         u_j = w x_j + slope * j / window          p = clip(u - tau, 0, 1), sum p = keep
@@ -45,24 +45,11 @@ class SparseK(Block):
         theta: float = 10_000.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__(dim)
-        if heads is None and dim % head_dim:
-            raise ValueError(f"dim={dim} is not a multiple of head_dim={head_dim}: change one, or set heads")
-        heads = heads or dim // head_dim
-        if group < 1 or heads % group:
-            raise ValueError(f"group={group} must divide the {heads} query heads")
-        if head_dim % 2:
-            raise ValueError(f"head_dim={head_dim} must be even for RoPE")
+        super().__init__(dim, head_dim, group, heads, theta=theta)
         self.sizes = Sizes(keep, slots, window)
         self.sizes.check()
-        self.heads, self.kv_heads, self.head_dim = heads, heads // group, head_dim
-        self.theta, self.backend = theta, backend
-        self.q_proj = nn.Linear(dim, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, self.kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, self.kv_heads * head_dim, bias=False)
+        self.backend = backend
         self.score_proj = nn.Linear(dim, self.kv_heads, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, dim, bias=False)
-        self.o_proj.residual_out = True  # type: ignore[assignment]
         self.slope = nn.Parameter(torch.zeros(self.kv_heads))
 
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> SparseKState:
@@ -73,9 +60,7 @@ class SparseK(Block):
     def forward(self, x: Tensor, state: SparseKState | None = None, ctx: Ctx | None = None) -> Step:
         docs, seen = docs_of(ctx), None if state is None else state.seen
         B, T, _ = x.shape
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        turn = rope_tables(rotary_positions(ctx, seen, B, T, x.device), self.head_dim, self.theta, x.dtype)
-        q, k = rope(q, *turn), rope(k, *turn)
+        q, k, v = self.turned(x, ctx, seen)
         positions = positions_of(docs, seen, B, T, x.device).expand(B, T)
         if docs is None:
             at = Places(positions, torch.zeros_like(positions))

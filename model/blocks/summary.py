@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from model.blocks._heads import GroupedHeads
 from model.blocks._windows import Windows, finished, make_windows, store, take
-from model.core import Block, Cost, Ctx, Docs, Step, at_least_fp32, docs_of, positions_of, rotary_positions
+from model.core import Cost, Ctx, Docs, Step, at_least_fp32, docs_of, positions_of, rotary_positions
 from model.ops.attention import Places, attend
 from model.ops.attention.cache import WindowKV, empty_cache, extend
 from model.ops.attention.cpu import attention_flops
@@ -45,7 +46,7 @@ class GrowingSummaryState(NamedTuple):
 
 
 @block("summary")
-class Summary(Block):
+class Summary(GroupedHeads):
     """y = W_o (local + g memory),  g = sigmoid(W_g x) a head; over the query's own document:
 
       local   attention to the last `window` tokens.
@@ -80,9 +81,8 @@ class Summary(Block):
         window: int | None = None,
         theta: float = 10_000.0,
     ) -> None:
-        super().__init__(dim)
+        super().__init__(dim, head_dim, group, heads, theta=theta)
         window = every if window is None else window
-        heads = _check(dim, head_dim, group, heads)
         if every < 2 or vectors < 1:
             raise ValueError(f"every={every}, vectors={vectors}: at least 2 tokens and 1 vector")
         if window < every:
@@ -91,15 +91,9 @@ class Summary(Block):
             raise ValueError(f"mode={mode!r}: must be one of {', '.join(MODES)}")
         if bptt is not None and (bptt < 1 or mode == "accumulate"):
             raise ValueError(f"bptt={bptt}: segments, at least 1, of a memory that is recompressed")
-        self.heads, self.kv_heads, self.head_dim = heads, heads // group, head_dim
         self.every, self.vectors, self.window = every, vectors, window
-        self.recompress, self.bptt, self.theta = mode == "recompress", bptt, theta
-        self.q_proj = nn.Linear(dim, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(dim, self.kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(dim, self.kv_heads * head_dim, bias=False)
-        self.g_proj = nn.Linear(dim, heads, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, dim, bias=False)
-        self.o_proj.residual_out = True  # type: ignore[assignment]
+        self.recompress, self.bptt = mode == "recompress", bptt
+        self.g_proj = nn.Linear(dim, self.heads, bias=False)
         self.asks = nn.Parameter(torch.randn(vectors, self.kv_heads, head_dim))
         self.memory_k = nn.Parameter(torch.randn(self.kv_heads, head_dim, head_dim) * head_dim**-0.5)
         self.memory_v = nn.Parameter(torch.eye(head_dim).repeat(self.kv_heads, 1, 1))
@@ -120,12 +114,10 @@ class Summary(Block):
     ) -> Step:
         docs, seen = docs_of(ctx), None if state is None else state.kv.seen
         B, T, _ = x.shape
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        turned = rotary_positions(ctx, seen, B, T, x.device).expand(B, T)
-        turn = rope_tables(turned, self.head_dim, self.theta, x.dtype)
-        q, k = rope(q, *turn), rope(k, *turn)
+        q, k, v = self.turned(x, ctx, seen)
+        positions = rotary_positions(ctx, seen, B, T, x.device).expand(B, T)
         windows = make_windows(docs, seen, self.every, self.every, B, T, x.device)
-        new = self._summaries(k, v, windows, turned, state)
+        new = self._summaries(k, v, windows, positions, state)
         view, kv = extend(None if state is None else state.kv, k, v, docs)
         local = attend(q, **view._asdict(), window=self.window)
         read = self._read(q, new, windows, docs, state)
@@ -261,15 +253,3 @@ def _newest(old: Tensor, new: Tensor, windows: Windows) -> Tensor:
     index = torch.where(made > 0, count, 0)
     held = (windows.after > 0)[:, None, None, None]
     return torch.where(held, both[torch.arange(len(both), device=old.device), index], 0)[:, None]
-
-
-def _check(dim: int, head_dim: int, group: int, heads: int | None) -> int:
-    """Query heads. Raises ValueError for widths that do not divide."""
-    if heads is None and dim % head_dim:
-        raise ValueError(f"dim={dim} is not a multiple of head_dim={head_dim}: change one, or set heads")
-    heads = heads or dim // head_dim
-    if group < 1 or heads % group:
-        raise ValueError(f"group={group} must divide the {heads} query heads")
-    if head_dim % 2:
-        raise ValueError(f"head_dim={head_dim} must be even for RoPE")
-    return heads
