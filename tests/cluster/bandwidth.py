@@ -35,7 +35,11 @@ def once(mode: str, every: int, rounds: int, dim: int, lan: Lan | None, port: in
         words += [str(n) for n in (port, every, rounds, dim)]
         options = {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "text": True}
         ranks.append(lan.popen(f"n{rank}", words, **options) if lan else subprocess.Popen(words, **options))
-    out = [r.communicate(timeout=1800)[0] for r in ranks]
+    try:
+        out = [r.communicate(timeout=1800)[0] for r in ranks]
+    finally:
+        for r in ranks:
+            r.kill()
     if any(r.returncode for r in ranks):
         raise SystemExit(f"{mode}: exit codes {[r.returncode for r in ranks]}")
     return json.loads(out[0].splitlines()[-1])
