@@ -1,0 +1,293 @@
+"""The playbooks without a LAN: the inventory checker, templates, the supervisor, the probe; syntax and lint.
+
+The drill with machines is `tests/cluster/demo.py` (`make cluster-demo`, or make test-slow AREA=playbooks).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+BOOKS = ROOT / "playbooks"
+PLAYS = sorted(p for p in BOOKS.glob("*.yml") if p.name != "inventory.example.yml")
+ANSIBLE = Path(sys.executable).with_name("ansible-playbook")
+LINT = Path(sys.executable).with_name("ansible-lint")
+ENV = {**os.environ, "ANSIBLE_CONFIG": str(BOOKS / "ansible.cfg"), "NO_COLOR": "1"}
+needs_ansible = pytest.mark.skipif(not ANSIBLE.exists(), reason="needs the extra [cluster]")
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+check = load(BOOKS / "inventory_check.py")
+probe = load(BOOKS / "files" / "probe.py")
+
+
+def example() -> Any:
+    return yaml.safe_load((BOOKS / "inventory.example.yml").read_text())
+
+
+def test_example_inventory_is_right() -> None:
+    assert check.check(example()) == []
+
+
+def put(*path: Any) -> Any:
+    """A change: the last of path is set at the place that the others lead to."""
+
+    def change(inventory: Any) -> None:
+        at = inventory
+        for key in path[:-2]:
+            at = at[key]
+        if path[-1] is None:
+            del at[path[-2]]
+        else:
+            at[path[-2]] = path[-1]
+
+    return change
+
+
+BOX = ("all", "children", "workers", "hosts", "box2")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (put("all", "vars", "lab_portt", 29500), "unknown key 'lab_portt'; did you mean 'lab_port'?"),
+        (put(*BOX, "lab_rank", 2), "workers.box2: unknown key 'lab_rank'; did you mean 'lab_ranks'?"),
+        (put(*BOX, "lab_ranks", 0), "lab_ranks: want a whole number from 1, not 0"),
+        (put(*BOX, "ansible_host", "box2.local"), "box2.ansible_host: want an IP address"),
+        (put(*BOX, "ansible_host", "192.168.1.11"), "is also box1's"),
+        (put(*BOX, "lab_interface", None), "box2: lab_interface is missing"),
+        (put("all", "vars", "lab_root", None), "all.vars.lab_root: is missing"),
+        (put("all", "children", "server", "hosts", {}), "want one host, not 0"),
+        (put("all", "children", "worker", {}), "did you mean 'workers'?"),
+        (put("all", "vars", "lab_stages", 0, "archs", "x"), "lab_stages[0]: unknown key 'archs'"),
+        (put("all", "vars", "lab_stages", 1, "name", "small"), "two are called 'small'"),
+        (put("all", "vars", "lab_data", "tokeniser", "x"), "did you mean 'tokenizer'?"),
+        (put("all", "vars", "lab_secret", "in the clear"), "vault"),
+    ],
+)
+def test_inventory_errors_are_named(change: Any, says: str) -> None:
+    inventory = copy.deepcopy(example())
+    change(inventory)
+    errors = check.check(inventory)
+    assert any(says in e for e in errors), errors
+    assert not any("in the clear" in e for e in errors)
+
+
+def test_checker_exits_with_2_and_says_where(tmp_path: Path) -> None:
+    path = tmp_path / "inventory.yml"
+    path.write_text((BOOKS / "inventory.example.yml").read_text().replace("lab_run:", "lab_runn:"))
+    out = subprocess.run(
+        [sys.executable, BOOKS / "inventory_check.py", path], capture_output=True, text=True, check=False
+    )
+    assert out.returncode == 2
+    assert "unknown key 'lab_runn'; did you mean 'lab_run'?" in out.stderr
+    path.write_text("all:\n  vars: {a: 1}\n  vars: {b: 2}\n")
+    assert check.main([str(path)]) == 2
+
+
+# ----------------------------------------------------------------------------- supervisor
+
+
+def supervise(state: Path, action: str, *words: str) -> str:
+    command = [sys.executable, str(BOOKS / "files" / "supervise.py"), action, "--state", str(state), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+
+def until(condition: Any) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_supervised_program_saves_and_stops(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    script = f"trap 'echo yes > {saved}; exit 143' TERM; echo on; while :; do sleep 0.05; done"
+    assert supervise(tmp_path, "start", "--deadline", "20", "--", "bash", "-c", script) == "started"
+    assert supervise(tmp_path, "start", "--", "bash", "-c", script) == "running"
+    until(lambda: (tmp_path / "log").read_text() == "on\n")
+    assert json.loads(supervise(tmp_path, "status"))["state"] == "running"
+    assert supervise(tmp_path, "stop") == "stopped"
+    assert saved.read_text() == "yes\n"
+    assert json.loads(supervise(tmp_path, "status"))["state"] == "stopped"
+    assert supervise(tmp_path, "stop") == "not running"
+
+
+def test_deadline_kills_all_descendants(tmp_path: Path) -> None:
+    """A program that will not stop, and a child of it in a session of its own."""
+    script = f"trap '' TERM; setsid sleep 600 & echo $! > {tmp_path}/child; while :; do sleep 0.05; done"
+    supervise(tmp_path, "start", "--deadline", "1", "--", "bash", "-c", script)
+    until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text().strip())
+    child = int((tmp_path / "child").read_text())
+    assert not gone(child)
+    assert supervise(tmp_path, "stop") == "stopped"
+    assert gone(child)
+
+
+def test_failures_are_restarted_so_often(tmp_path: Path) -> None:
+    command = [sys.executable, "-c"]
+    program = (
+        "import importlib.util as u, sys; s = u.spec_from_file_location('s', sys.argv[1]); m = u.module_from_spec(s);"
+        "s.loader.exec_module(m); m.BACKOFF_S = 0.05; sys.exit(m.main(sys.argv[2:]))"
+    )
+    words = ["run", "--state", str(tmp_path), "--restarts", "2", "--", "sh", "-c", "echo x; exit 3"]
+    done = subprocess.run(
+        [*command, program, str(BOOKS / "files" / "supervise.py"), *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 3
+    assert done.stdout.count("x\n") == 3
+    facts = json.loads(supervise(tmp_path, "status"))
+    assert (facts["state"], facts["restarts"], facts["code"]) == ("failed", 2, 3)
+
+
+def test_killed_supervisor_is_told_from_a_running_one(tmp_path: Path) -> None:
+    supervise(tmp_path, "start", "--", "sleep", "600")
+    pid = json.loads(supervise(tmp_path, "status"))["pid"]
+    (child,) = (int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: gone(pid))
+    os.kill(child, signal.SIGKILL)
+    assert json.loads(supervise(tmp_path, "status"))["state"] == "killed"
+
+
+# ----------------------------------------------------------------------------- probe
+
+
+def test_probe_measures_loopback_and_wants_the_secret() -> None:
+    key, port = b"k" * 32, 29000 + os.getpid() % 500
+    where = f"127.0.0.1:{port}"
+    probe.SECONDS = 0.2
+    server = threading.Thread(target=probe.serve, args=(where, 2, 30.0, key), daemon=True)
+    server.start()
+    with pytest.raises(OSError):
+        probe.measure(where, b"x" * 32)
+    found = probe.measure(where, key)
+    server.join(10)
+    assert abs(found["skew_s"]) < 0.5 and found["mbit"] > 1 and found["rtt_ms"] >= 0
+
+
+def test_advice_is_the_formula() -> None:
+    """8 Mbit/s, a million parameters, 1 s a step, a tenth of the time: 2 * 4 MB / (1 MB/s * 0.1 s) = 80 steps."""
+    assert probe.advise(8, 1e6, 1.0)["every"] == 80
+    assert probe.advise(8, 1e6, 1.0)["codec"] == "fp32"
+    slow = probe.advise(1, 1e6, 1.0)
+    assert slow["codec"] == "e3m0" and slow["every"] == 83
+
+
+# ----------------------------------------------------------------------------- playbooks
+
+
+def test_only_builtin_modules_and_every_yaml_reads() -> None:
+    found = 0
+    for path in [*BOOKS.glob("*.yml"), *BOOKS.glob("roles/*/tasks/*.yml"), *BOOKS.glob("tasks/*.yml")]:
+        text = path.read_text()
+        yaml.safe_load(text)
+        if path.name == "inventory.example.yml":
+            continue
+        assert "pkill" not in text and "killall" not in text
+        for line in text.splitlines():
+            word = line.strip().removeprefix("- ").split(":")[0]
+            if word.count(".") >= 2 and " " not in word:
+                assert word.startswith("ansible.builtin."), f"{path}: {word}"
+                found += 1
+    assert found > 50
+
+
+def test_compose_and_dockerfile_agree() -> None:
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
+    docker = (ROOT / "Dockerfile").read_text()
+    assert set(compose["services"]) == {"server", "worker", "prepare"}
+    assert all(f"AS base-{variant}" in docker for variant in ("cpu", "cuda"))
+    for line in docker.splitlines():
+        if line.startswith("COPY ") and "--from" not in line:
+            for source in line.split()[1:-1]:
+                assert (ROOT / source).exists(), line
+
+
+@needs_ansible
+@pytest.mark.parametrize("play", ["setup", "add-worker", "grow", "status"])
+def test_syntax(play: str) -> None:
+    """Between them these four read every other playbook but the short ones; `slow` reads all."""
+    out = playbook(play, "--syntax-check")
+    assert out.returncode == 0, out.stdout + out.stderr
+
+
+def playbook(name: str, *words: str, inventory: Path = BOOKS / "inventory.example.yml") -> Any:
+    command = [str(ANSIBLE), "-i", str(inventory), str(BOOKS / f"{name}.yml"), "-e", "node=box2", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, check=False, timeout=300)
+
+
+@needs_ansible
+def test_misspelt_key_stops_a_playbook(tmp_path: Path) -> None:
+    path = tmp_path / "inventory.yml"
+    path.write_text((BOOKS / "inventory.example.yml").read_text().replace("lab_run:", "lab_runn:"))
+    out = playbook("stop", inventory=path)
+    assert out.returncode != 0
+    assert "did you mean 'lab_run'?" in out.stdout + out.stderr
+    assert "Stop the workers" not in out.stdout
+
+
+@needs_ansible
+def test_slurm_script_is_bash_and_names_every_host(tmp_path: Path) -> None:
+    out = playbook("slurm", "-e", f"out={tmp_path}/job.sbatch", "-e", "stage=large")
+    assert out.returncode == 0, out.stdout + out.stderr
+    script = (tmp_path / "job.sbatch").read_text()
+    subprocess.run(["bash", "-n", str(tmp_path / "job.sbatch")], check=True)
+    assert "#SBATCH --nodelist=box1,box2,box3" in script
+    assert "server=192.168.1.11:29500" in script
+    assert "worker enp5s0 2 box1" in script and "worker eno1 1 box3" in script
+    assert "grow.from=" in script and "runs/samba/small/final" in script
+
+
+@needs_ansible
+@pytest.mark.slow
+@pytest.mark.parametrize("play", PLAYS, ids=lambda p: p.stem)
+def test_playbooks_syntax_of_all(play: Path) -> None:
+    out = playbook(play.stem, "--syntax-check")
+    assert out.returncode == 0, out.stdout + out.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LINT.exists(), reason="needs ansible-lint")
+def test_playbooks_lint() -> None:
+    done = subprocess.run([str(LINT), "--offline", "."], cwd=BOOKS, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_ansible
+@pytest.mark.slow
+def test_playbooks_demo() -> None:
+    from tests.cluster import demo
+    from tests.cluster.sshd import missing
+
+    if why := missing():
+        pytest.skip(why)
+    assert demo.main([]) == 0
