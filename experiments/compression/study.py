@@ -30,7 +30,7 @@ from model.compress.decoder import PACKAGED
 from train.compress_data import Example, Reading, read
 
 HERE = Path(__file__).resolve().parent
-SMALL = Effort(steps=100, batch=4, micro=4, rate=2e-3, examples=96, oracle_steps=25)
+SMALL = Effort(steps=100, batch=8, micro=8, rate=2e-3, examples=128, oracle_steps=25)
 REAL = Effort(steps=100, batch=4, micro=4, rate=5e-4, examples=32, oracle_steps=10)
 
 
@@ -60,14 +60,14 @@ def parse(argv: Sequence[str] | None = None) -> Study:
     p.add_argument("--arms", nargs="*", default=(), help="names as in the table; all by default")
     p.add_argument("--seeds", type=int, default=None, help="3, or 1 for a decoder that is given")
     p.add_argument("--steps", type=int, default=None, help="of every trained arm (100)")
-    p.add_argument("--batch", type=int, default=None, help="examples a step (4)")
+    p.add_argument("--batch", type=int, default=None, help="examples a step (8, or 4)")
     p.add_argument("--learning-rate", type=float, default=None, help="of slots and adapters (2e-3, or 5e-4)")
-    p.add_argument("--examples", type=int, default=None, help="held-out windows that are scored (96, or 32)")
+    p.add_argument("--examples", type=int, default=None, help="held-out windows that are scored (128, or 32)")
     p.add_argument("--context", type=int, default=128)
     p.add_argument("--target", type=int, default=64)
     p.add_argument("--ratio", type=float, default=4.0, help="source tokens per slot")
     p.add_argument("--ratios", type=float, nargs="*", default=(2.0, 8.0), help="also, where nothing trains")
-    p.add_argument("--pretrain-steps", type=int, default=420, help="of the small decoder, 4,096 tokens each")
+    p.add_argument("--pretrain-steps", type=int, default=480, help="of the small decoder, 4,096 tokens each")
     args = p.parse_args(argv)
     small = args.decoder == "small"
     name = "small" if small else Path(args.decoder).name
