@@ -163,7 +163,9 @@ def plot(plan: dict[str, list[Phase]], seed: int, path: Path) -> None:
             ys += [r["bpb"]["next"] for r in evals]
             spent += evals[-1]["tokens"] * per_token
         axes.plot(xs, ys, label=name, linewidth=1.4)
-    axes.set(xlabel="training TFLOP (frozen forwards counted)", ylabel="held-out bits per byte", ylim=(1.9, 3.2))
+    axes.set(
+        xlabel="training TFLOP (frozen forwards counted)", ylabel="held-out bits per byte", ylim=(1.9, 3.2)
+    )
     axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
