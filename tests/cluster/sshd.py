@@ -110,7 +110,7 @@ class SshLan(Lan):
             "ansible_user": "root",
             "ansible_ssh_private_key_file": str(ssh / "id"),
             "ansible_ssh_common_args": f"{known} -o StrictHostKeyChecking=yes -o ServerAliveInterval=5",
-            "ansible_python_interpreter": sys.executable,
+            "ansible_python_interpreter": shutil.which("python3", path="/usr/bin") or sys.executable,
             "ansible_remote_tmp": "/srv/.ansible/tmp",
             **common,
         }
