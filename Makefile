@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow test-gpu oracles bench study-onion sweep study-diloco study-compression lint clean
+.PHONY: help setup demo test test-slow test-gpu oracles bench study-onion sweep study-diloco study-compression docs test-docs lint clean cluster-demo
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -47,6 +47,16 @@ oracles: $(STAMP)  ## operators against the peers' own Triton kernels, in an env
 
 bench: $(STAMP)  ## ratios against named peers, interleaved in one process
 	$(PY) -m experiments.bench
+
+docs: $(STAMP)  ## write docs/reference.md from the code
+	$(PY) -m experiments.reference
+
+test-docs: $(STAMP)  ## run every command of the documentation, long ones in a reduced form
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -k docs tests/docs
+
+cluster-demo: $(STAMP)  ## the playbooks on three machines of a LAN of namespaces, unattended (root, sshd)
+	$(PY) -m pip install --quiet -e '.[cluster]'
+	$(PY) -m tests.cluster.demo
 
 lint: $(STAMP)  ## ruff and mypy
 	$(VENV)/bin/ruff check .
