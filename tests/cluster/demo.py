@@ -79,12 +79,15 @@ class Demo:
         self.env["PATH"] = f"{PLAYBOOK.parent}:{os.environ['PATH']}"
         words = ["ansible-vault", "encrypt", "--vault-password-file", str(folder / "vault-password")]
         subprocess.run([*words, str(self.vault)], check=True, env=self.env, capture_output=True)
+        head = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        self.revision = subprocess.run(head, check=True, capture_output=True, text=True).stdout.strip()
         self.began = time.monotonic()
 
     def play(self, name: str, *extra: str, expect: int | None = 0) -> str:
         """Run a playbook on the controller; its output. Raises SystemExit for another exit code than expected."""
         print(f"[{time.monotonic() - self.began:5.0f} s] {name} {' '.join(extra)}", flush=True)
         words = [str(PLAYBOOK), "-i", str(self.inventory), "-e", f"@{self.vault}"]
+        words += ["-e", f"lab_revision={self.revision}"]
         words += ["--vault-password-file", str(self.folder / "vault-password"), str(BOOKS / f"{name}.yml")]
         with open(self.folder / "plays.log", "a+") as log:
             log.write(f"===== {name} {' '.join(extra)}\n")
