@@ -153,7 +153,11 @@ def nested(where: str, found: dict[Any, Any]) -> Iterator[str]:
 
 def check(inventory: Any) -> list[str]:
     """All errors of a parsed inventory."""
-    if not isinstance(inventory, dict) or list(inventory) != ["all"] or not isinstance(inventory["all"], dict):
+    if (
+        not isinstance(inventory, dict)
+        or list(inventory) != ["all"]
+        or not isinstance(inventory["all"], dict)
+    ):
         return ["want one mapping, 'all', with 'vars' and 'children'"]
     top = inventory["all"]
     errors = [unknown("all", k, ["vars", "children"]) for k in top if k not in ("vars", "children")]
@@ -161,11 +165,15 @@ def check(inventory: Any) -> list[str]:
     common = top.get("vars") if isinstance(top.get("vars"), dict) else {}
     errors += [f"all.vars.{k}: is missing" for k in NEEDED if k not in common]
     groups, bad = _mapping_at("all.children", top.get("children"))
-    errors += bad + [unknown("all.children", g, ["server", "workers"]) for g in groups if g not in ("server", "workers")]
+    errors += bad + [
+        unknown("all.children", g, ["server", "workers"]) for g in groups if g not in ("server", "workers")
+    ]
     hosts: dict[str, dict[str, Any]] = {}
     for group in ("server", "workers"):
         body, bad = _mapping_at(f"all.children.{group}", groups.get(group))
-        errors += bad + [unknown(f"all.children.{group}", k, ["hosts", "vars"]) for k in body if k not in ("hosts", "vars")]
+        errors += bad + [
+            unknown(f"all.children.{group}", k, ["hosts", "vars"]) for k in body if k not in ("hosts", "vars")
+        ]
         errors += variables(f"all.children.{group}.vars", body.get("vars"))
         members, bad = _mapping_at(f"all.children.{group}.hosts", body.get("hosts"))
         errors += bad

@@ -113,7 +113,11 @@ def measure(where: str, key: bytes, patience: float = 30.0) -> dict[str, float]:
             sock.sendall(CHUNK)
         sock.shutdown(socket.SHUT_WR)
         count, seconds = struct.unpack("<dd", take(sock, 16))
-    return {"rtt_ms": round(best[0] * 1e3, 2), "skew_s": round(best[1], 3), "mbit": round(count * 8e-6 / seconds, 1)}
+    return {
+        "rtt_ms": round(best[0] * 1e3, 2),
+        "skew_s": round(best[1], 3),
+        "mbit": round(count * 8e-6 / seconds, 1),
+    }
 
 
 def advise(mbit: float, parameters: float, step_s: float, share: float = 0.1) -> dict[str, object]:

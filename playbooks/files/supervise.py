@@ -205,7 +205,9 @@ def main(argv: list[str]) -> int:
     p.add_argument("--state", type=Path, required=True, metavar="DIR")
     p.add_argument("--restarts", type=int, default=3, metavar="N")
     p.add_argument("--deadline", type=float, default=60.0, metavar="SECONDS")
-    words, command = (argv, []) if "--" not in argv else (argv[: argv.index("--")], argv[argv.index("--") + 1 :])
+    words, command = (
+        (argv, []) if "--" not in argv else (argv[: argv.index("--")], argv[argv.index("--") + 1 :])
+    )
     args = p.parse_args(words)
     if args.action == "stop":
         return stop(args.state)

@@ -93,7 +93,11 @@ class Demo:
             log.write(f"===== {name} {' '.join(extra)}\n")
             log.flush()
             at = log.seek(0, os.SEEK_END)
-            options: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+            options: dict[str, Any] = {
+                "stdout": log,
+                "stderr": subprocess.STDOUT,
+                "stdin": subprocess.DEVNULL,
+            }
             process = self.lan.popen("n0", [*words, *extra], cwd=self.folder, env=self.env, **options)
             process.wait(timeout=1800)
             log.seek(at)
@@ -160,10 +164,10 @@ class Demo:
         mark = len(self.events("one"))
         self.play("add-worker", "-e", f"node={KILLED}")
         self.wait(f"a push from {KILLED}, back", lambda: self.pushed("one", KILLED, mark))
-        done = lambda name: all(self.status(w, name).get("status") == "complete" for w in workers)  # noqa: E731
-        self.wait("stage one", lambda: done("one"))
-        self.play("grow")
-        self.wait("stage two", lambda: done("two"))
+        self.play("grow", "-e", "now=true")
+        self.wait(
+            "stage two", lambda: all(self.status(w, "two").get("status") == "complete" for w in workers)
+        )
         self.play("collect", "-e", f"into={self.folder / 'collected'}")
         self.play("stop")
         self.judge(workers)
@@ -175,12 +179,16 @@ class Demo:
             for name in ("one", "two"):
                 run = self.folder / "collected" / "demo" / worker / name / "worker"
                 about = json.loads((run / "run.json").read_text())
-                if name == "two" and not str(about["origin"]["from"] or "").startswith("/srv/lab/runs/demo/one/final"):
+                if name == "two" and not str(about["origin"]["from"] or "").startswith(
+                    "/srv/lab/runs/demo/one/final"
+                ):
                     raise SystemExit(f"{run}: did not grow from stage one: {about['origin']}")
                 records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
                 found = [r["loss"] for r in records if r["kind"] == "train"]
                 losses[f"{worker} {name}"] = (found[0], found[-1])
-        print("    loss, first and last: " + ", ".join(f"{k} {a:.3f} {b:.3f}" for k, (a, b) in losses.items()))
+        print(
+            "    loss, first and last: " + ", ".join(f"{k} {a:.3f} {b:.3f}" for k, (a, b) in losses.items())
+        )
         if not losses[f"{SERVER} one"][1] < losses[f"{SERVER} one"][0]:
             raise SystemExit("the loss did not fall")
 
@@ -202,8 +210,15 @@ def left_over(lan: SshLan) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m tests.cluster.demo", description=__doc__.split("\n")[0])
-    p.add_argument("--keep", type=Path, default=None, metavar="DIR", help="leave logs and collected runs there")
-    p.add_argument("--steps", type=int, default=150, help="of every shard in stage one (default %(default)s)")
+    p.add_argument(
+        "--keep", type=Path, default=None, metavar="DIR", help="leave logs and collected runs there"
+    )
+    p.add_argument(
+        "--steps",
+        type=int,
+        default=20000,
+        help="of every shard in stage one: more than the drill takes (%(default)s)",
+    )
     args = p.parse_args(argv)
     if not PLAYBOOK.exists():
         raise SystemExit("error: no ansible-playbook in this environment; pip install -e '.[cluster]'")

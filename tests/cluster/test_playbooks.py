@@ -160,7 +160,10 @@ def test_failures_are_restarted_so_often(tmp_path: Path) -> None:
     )
     words = ["run", "--state", str(tmp_path), "--restarts", "2", "--", "sh", "-c", "echo x; exit 3"]
     done = subprocess.run(
-        [*command, program, str(BOOKS / "files" / "supervise.py"), *words], capture_output=True, text=True, check=False
+        [*command, program, str(BOOKS / "files" / "supervise.py"), *words],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 3
     assert done.stdout.count("x\n") == 3
@@ -278,7 +281,9 @@ def test_playbooks_syntax_of_all(play: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not LINT.exists(), reason="needs ansible-lint")
 def test_playbooks_lint() -> None:
-    done = subprocess.run([str(LINT), "--offline", "."], cwd=BOOKS, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(LINT), "--offline", "."], cwd=BOOKS, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
