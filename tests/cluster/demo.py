@@ -1,10 +1,10 @@
-"""`make cluster-demo`: the playbooks on a LAN of three machines, unattended, from an empty disk to a grown model.
+"""`make cluster-demo`: the playbooks on a LAN of three machines, from an empty disk to a grown model.
 
     python -m tests.cluster.demo [--keep DIR]
 
 setup, setup again (must change nothing), health, shard, launch, status, one node powered off, one drained and
-added back, the dead one revived and added back, grow, collect, stop. Exit code 0 when all of it held. The nodes
-have no systemd; they use this environment's Python by its path. Needs root and the extra [cluster].
+added back, the dead one revived and added back, grow, collect, stop. Exit code 0 when all of it held. The
+nodes have no systemd; they use this environment's Python by its path. Needs root and the extra [cluster].
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Demo:
         self.began = time.monotonic()
 
     def play(self, name: str, *extra: str, expect: int | None = 0) -> str:
-        """Run a playbook on the controller; its output. Raises SystemExit for another exit code than expected."""
+        """Run a playbook on the controller; its output. Raises SystemExit for an unexpected exit code."""
         print(f"[{time.monotonic() - self.began:5.0f} s] {name} {' '.join(extra)}", flush=True)
         words = [str(PLAYBOOK), "-i", str(self.inventory), "-e", f"@{self.vault}"]
         words += ["-e", f"lab_revision={self.revision}"]
@@ -173,7 +173,7 @@ class Demo:
         self.judge(workers)
 
     def judge(self, workers: list[str]) -> None:
-        """The runs that were collected: both stages complete, the second grown from the first, losses falling."""
+        """The runs that were collected: the second stage grown from the first, the loss falling."""
         losses = {}
         for worker in workers:
             for name in ("one", "two"):
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         "--steps",
         type=int,
         default=20000,
-        help="of every shard in stage one: more than the drill takes (%(default)s)",
+        help="of a shard in stage one: more than the drill takes",
     )
     args = p.parse_args(argv)
     if not PLAYBOOK.exists():

@@ -1,8 +1,8 @@
 """A LAN whose nodes are machines of their own: n1, n2, ... with sshd, pid and mount namespaces, and their own
 /srv, /run and /dev/shm; n0 is the controller and has only its place on the network.
 
-Root logs in by a key made for the occasion; host keys are known, so checking stays on. A node is powered off by
-killing its pid 1 after its cable is cut, so that no peer sees a FIN. The machine's own sshd is not touched.
+Root logs in by a key made for the occasion; host keys are known, so checking stays on. A node is powered off
+by killing pid 1 after its cable is cut, so that no peer sees a FIN. The machine's own sshd is not touched.
 """
 
 from __future__ import annotations
@@ -86,7 +86,17 @@ class SshLan(Lan):
         flag = self.folder / f"booted.{node}"
         flag.unlink(missing_ok=True)
         self.heal(node)
-        words = "unshare --uts --mount --pid --fork --kill-child --mount-proc bash -c".split()
+        words = [
+            "unshare",
+            "--uts",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "bash",
+            "-c",
+        ]
         words += [BOOT, "init", node, str(self.folder), str(sshd())]
         with open(self.folder / f"{node}.log", "ab") as log:
             self.inits[node] = self.popen(node, words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

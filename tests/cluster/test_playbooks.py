@@ -155,7 +155,8 @@ def test_deadline_kills_all_descendants(tmp_path: Path) -> None:
 def test_failures_are_restarted_so_often(tmp_path: Path) -> None:
     command = [sys.executable, "-c"]
     program = (
-        "import importlib.util as u, sys; s = u.spec_from_file_location('s', sys.argv[1]); m = u.module_from_spec(s);"
+        "import importlib.util as u, sys; s = u.spec_from_file_location('s', sys.argv[1]);"
+        "m = u.module_from_spec(s);"
         "s.loader.exec_module(m); m.BACKOFF_S = 0.05; sys.exit(m.main(sys.argv[2:]))"
     )
     words = ["run", "--state", str(tmp_path), "--restarts", "2", "--", "sh", "-c", "echo x; exit 3"]
@@ -198,7 +199,7 @@ def test_probe_measures_loopback_and_wants_the_secret() -> None:
 
 
 def test_advice_is_the_formula() -> None:
-    """8 Mbit/s, a million parameters, 1 s a step, a tenth of the time: 2 * 4 MB / (1 MB/s * 0.1 s) = 80 steps."""
+    """8 Mbit/s, a million parameters, 1 s a step, a tenth: 2 * 4 MB / (1 MB/s * 0.1 s) = 80 steps."""
     assert probe.advise(8, 1e6, 1.0)["every"] == 80
     assert probe.advise(8, 1e6, 1.0)["codec"] == "fp32"
     slow = probe.advise(1, 1e6, 1.0)
