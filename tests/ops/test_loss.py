@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 from model.ops.loss import TokenLoss, linear_argmax, linear_cross_entropy, linear_token_loss
 from model.ops.loss.reference import linear_cross_entropy_reference
 
-
 FORMS = [
     TokenLoss(),
     TokenLoss(z=0.1),

@@ -123,7 +123,7 @@ BAD = {
     "unknown block": (["--set", "stack.0.of.0=atention"], "did you mean 'attention'"),
     "wrong type": (["--set", "dim=wide"], "want int"),
     "unknown optimizer": (["--set", "optim.name=adamv"], "did you mean 'adamw'"),
-    "unknown outer loop": (["--set", "outer.kind=dilocoo"], "no outer loop"),
+    "unknown outer loop": (["--set", "outer.kind=dilocoo"], "did you mean 'diloco'"),
     "both lengths": (["--set", "run.tokens=100"], "not both"),
     "schedule too long": (["--set", "schedule.warmup=100"], "longer than the run"),
     "plateau on a cosine": (["--set", "grow.when=plateau", "--set", "schedule.kind=cosine"], "constant"),

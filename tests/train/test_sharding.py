@@ -69,10 +69,14 @@ def end(run: Path) -> dict[str, torch.Tensor]:
     return out
 
 
-def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest difference of any tensor, relative to that tensor's largest value."""
+def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """The largest difference of any parameter and of any moment, relative to the tensor's largest value."""
     assert a.keys() == b.keys()
-    return max(float((a[n] - b[n]).abs().max() / a[n].abs().max().clamp_min(1e-3)) for n in a)
+    found = [0.0, 0.0]
+    for n in a:
+        off = float((a[n] - b[n]).abs().max() / a[n].abs().max().clamp_min(1e-3))
+        found["/" in n] = max(found["/" in n], off)
+    return found[0], found[1]
 
 
 def losses(run: Path) -> list[tuple[int, float]]:
@@ -85,7 +89,8 @@ def test_fully_sharded_ranks_equal_one_process(here, data) -> None:
     done = command(*words(data, "two", "run.parallel=fsdp2"), cwd=here, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ARCHS:
-        assert far(end(here / "one" / name), end(here / "two" / name)) < 1e-5, name
+        parameters, moments = far(end(here / "one" / name), end(here / "two" / name))
+        assert parameters < 1e-5 and moments < 1e-4, (name, parameters, moments)  # gla's k gradient cancels
         one, two = losses(here / "one" / name), losses(here / "two" / name)
         assert [s for s, _ in one] == [s for s, _ in two]
         assert max(abs(a - b) for (_, a), (_, b) in zip(one, two)) < 1e-5
@@ -128,7 +133,7 @@ def test_compiled_modules_train_alike_on_several_ranks(here, data, how) -> None:
         *words(data, "two", f"run.parallel={how}", "run.compile=true", archs=("small",)), cwd=here, ranks=2
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert far(end(here / "one"), end(here / "two")) < 1e-4
+    assert max(far(end(here / "one"), end(here / "two"))) < 1e-4
 
 
 def back(runs: Path, step: int) -> None:
@@ -151,4 +156,4 @@ def test_sharded_workers_of_an_outer_loop(here, data) -> None:
             *words(data, folder, f"run.parallel={how}", *sets, archs=("onion",)), cwd=here, ranks=ranks
         )
         assert done.returncode == 0, done.stdout + done.stderr
-    assert far(end(here / "one"), end(here / "two")) < 1e-5
+    assert max(far(end(here / "one"), end(here / "two"))) < 1e-5
