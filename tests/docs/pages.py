@@ -15,7 +15,23 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("docs", "model", "train", "dataset", "experiments", "playbooks", "tests")
 GENERATED = {"docs/reference.md"}  # headings there name commands without their arguments
 PROGRAMS = ("python", "torchrun", "make", "bash")
-OTHERS = ("ssh", "sbatch", "export", "for", "pip", "source", "docker", "ansible-playbook", "cd", "git")
+OTHERS = (
+    "ssh",
+    "sbatch",
+    "export",
+    "for",
+    "pip",
+    "source",
+    "docker",
+    "ansible-playbook",
+    "cd",
+    "git",
+    "cp",
+    "ssh-keyscan",
+    "ansible-vault",
+    "alias",
+    "play",
+)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ RULES = (
     Rule(r"^make ", "parsed", "minutes to hours; the target is there, and its area has slow tests"),
     Rule(r"^python train\.py", "foreign", "how the published project is called"),
     Rule(r"^(export|source|cd|pip|git) ", "foreign", "changes the reader's shell or environment"),
-    Rule(r"^(for|sbatch|ssh) ", "foreign", "needs other machines or a scheduler"),
+    Rule(r"^(for|sbatch|ssh|ssh-keyscan) ", "foreign", "needs other machines or a scheduler"),
     Rule(r"^docker ", "foreign", "needs a container engine"),
     Rule(r"^ansible-playbook |playbooks/|vault\.yml", "parsed", "needs machines; tests/cluster plays them"),
     Rule(r"^python -m model backends$", "run"),

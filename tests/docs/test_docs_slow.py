@@ -1,7 +1,7 @@
-"""`make test-docs`: the commands of the documentation are run, in a copy of the project (`tests/docs/rules.py`).
+"""`make test-docs`: the commands of the documentation are run, in a copy of the project.
 
-Each in a process of its own, as a reader would type it, behind those that it needs. The copy holds what git tracks
-and what it would track; data, runs and models are made there.
+Each in a process of its own, as a reader would type it, behind those that it needs; `rules.py` shortens them.
+The copy holds what git tracks and what it would track; data, runs and models are made there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.docs.pages import ROOT, commands
 from tests.docs.rules import rule_of
 
 RUN = [c.text for c in commands() if (r := rule_of(c.text)) is not None and r.how == "run"]
-LIMIT_S = 600
+LIMIT_S = 1800
 PROGRAM = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
 
 
