@@ -118,7 +118,9 @@ class Supervisor:
 
     def _once(self) -> int:
         """One life of the program, and of whatever it leaves behind."""
-        self.child = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, start_new_session=True).pid
+        # Kept until it is over: a Popen that is collected takes the exit code of its process away.
+        process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, start_new_session=True)
+        self.child = process.pid
         if self.stopping:  # the signal came before there was a child
             self._stop()
         code = None
@@ -129,7 +131,7 @@ class Supervisor:
                 return 1
             if pid == self.child:
                 code = os.waitstatus_to_exitcode(status)
-        self.child = 0
+        self.child, process.returncode = 0, code
         send(descendants(os.getpid()), signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             while True:

@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -218,9 +219,8 @@ def test_only_builtin_modules_and_every_yaml_reads() -> None:
             continue
         assert "pkill" not in text and "killall" not in text
         for line in text.splitlines():
-            word = line.strip().removeprefix("- ").split(":")[0]
-            if word.count(".") >= 2 and " " not in word:
-                assert word.startswith("ansible.builtin."), f"{path}: {word}"
+            if word := re.match(r"\s*(?:- )?([a-z_]+\.[a-z_]+\.[a-z_]+):", line):
+                assert word[1].startswith("ansible.builtin."), f"{path}: {word[1]}"
                 found += 1
     assert found > 50
 
