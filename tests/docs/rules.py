@@ -38,6 +38,7 @@ def sets(**keys: object) -> tuple[str, ...]:
 
 
 SMALL = sets(steps=2, batch=2, context=64, eval_tokens=256)
+ONION = (*SMALL, "--set", "schedule.warmup=0")  # its own is 20 steps
 NARROW = ("--set", "dim=192")
 PLACEHOLDER = (
     r"\.\.\.|\b(ARCH|BRANCH|DATA|DIR|FILE|HEAD|HOST|METHOD|PATH|RUN|RUNS|SWEEP|TOKENIZER)\b|\bA B C\b"
@@ -94,10 +95,10 @@ RULES = (
     Rule(r"--arch samba\.yaml --set dim=192 .*--resume", "run", "100 steps", SMALL, (TRAIN,)),
     Rule(r"--arch samba\.yaml --set dim=192", "run", "100 steps", SMALL, (PREPARE,)),
     Rule(r"--arch samba\.yaml --dry-run", "run", "the full width", SMALL + NARROW, (PREPARE,)),
-    Rule(r"--run runs/grown", "run", "120 steps", SMALL, (PREPARE,)),
-    Rule(r"--arch onion_stage1", "run", "120 steps", SMALL, (PREPARE,)),
-    Rule(r"--arch onion_stage2", "run", "80 steps", SMALL, STAGES[:1]),
-    Rule(r"--arch onion_stage3", "run", "80 steps", SMALL, STAGES[:2]),
+    Rule(r"--run runs/grown", "run", "120 steps", ONION, (PREPARE,)),
+    Rule(r"--arch onion_stage1", "run", "120 steps", ONION, (PREPARE,)),
+    Rule(r"--arch onion_stage2", "run", "80 steps", ONION, STAGES[:1]),
+    Rule(r"--arch onion_stage3", "run", "80 steps", ONION, STAGES[:2]),
     Rule(r"kind: diloco, every: 10}", "run", "40 steps", SMALL, (PREPARE,)),
     Rule(r"--nnodes 3", "parsed", "three machines; tests/outer runs the workers"),
     Rule(
