@@ -1,7 +1,7 @@
 """Round trip, clock offset and bandwidth between two nodes, and what they mean for an outer loop.
 
     probe.py serve HOST:PORT --visitors N        answer N times; the secret is read from stdin
-    probe.py measure HOST:PORT                   one line of JSON; the secret is read from stdin
+    probe.py measure HOST:PORT...                a line of JSON for each; the secret is read from stdin
     probe.py port HOST:PORT                      `free` or `in use`
     probe.py advise --mbit X --parameters N --step-s S [--share 0.1]
 
@@ -141,7 +141,7 @@ def main(argv: list[str]) -> int:
     one.add_argument("--visitors", type=int, default=1)
     one.add_argument("--seconds", type=float, default=60.0, help="at most so long")
     actions.add_parser("port").add_argument("where", metavar="HOST:PORT")
-    actions.add_parser("measure").add_argument("where", metavar="HOST:PORT")
+    actions.add_parser("measure").add_argument("where", nargs="+", metavar="HOST:PORT")
     one = actions.add_parser("advise")
     for name in ("--mbit", "--parameters", "--step-s"):
         one.add_argument(name, type=float, required=True)
@@ -158,11 +158,12 @@ def main(argv: list[str]) -> int:
         return 2
     if args.action == "serve":
         return serve(args.where, args.visitors, args.seconds, key)
-    try:
-        print(json.dumps(measure(args.where, key)))
-    except OSError as error:
-        print(f"error: {args.where}: {error}", file=sys.stderr)
-        return 2
+    for where in args.where:
+        try:
+            print(json.dumps(measure(where, key)))
+        except OSError as error:
+            print(f"error: {where}: {error}", file=sys.stderr)
+            return 2
     return 0
 
 
