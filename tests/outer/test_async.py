@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,8 +73,19 @@ def coordinator(total: int, **options: Any) -> Coordinator:
     return Coordinator(terms_of(config(**options), parts, total), np.concatenate([f.get() for f in parts]))
 
 
-def work(server: str, name: str, total: int, stop_at: int = 10**9, saved: Any = None, **options: Any) -> Any:
-    """One worker over TCP until the run is over, or until it has done `stop_at` steps."""
+def work(
+    server: str,
+    name: str,
+    total: int,
+    stop_at: int = 10**9,
+    saved: Any = None,
+    turn: Any = None,
+    **options: Any,
+) -> Any:
+    """One worker over TCP until the run is over, or until it has done `stop_at` steps.
+
+    turn: called with the count of its steps before every call that may push.
+    """
     net = Net()
     opt = adamw(net)
     cfg = config(server=server, **options)
@@ -89,11 +101,21 @@ def work(server: str, name: str, total: int, stop_at: int = 10**9, saved: Any = 
         place = outer.place(steps)
         outer.tell(loss=inner_step(net, opt, place.part, place.step))
         steps += 1
+        if turn is not None:
+            turn(steps)
         outer.maybe_sync(None)
     out = {"model": values(net), "opt": opt.state_dict(), "outer": outer.state_dict(), "steps": steps}
     out["report"] = outer.report()
     outer.close()
     return out
+
+
+def wait_for(ready: Any) -> None:
+    """Until `ready()`; an AssertionError after a minute."""
+    end = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < end, "waited for a minute"
+        time.sleep(0.005)
 
 
 @pytest.fixture(autouse=True)
@@ -119,13 +141,26 @@ def test_simulator_is_the_server(tmp_path: Path, codec: str) -> None:
     simulate(core, {"w0": 1.0, "w1": 1.1}, trainer({"w0": Net(), "w1": Net()}))
     with serving(tmp_path) as server:
         at = f"127.0.0.1:{server.address[1]}"
-        threads = [threading.Thread(target=work, args=(at, f"w{i}", 15), kwargs=options) for i in range(2)]
-        for t in threads:
-            t.start()
+
+        def pushed() -> int:
+            known = server.core.workers if server.core else {}
+            return known["w0"].counts.get("applied", 0) if "w0" in known else -1
+
+        def second(steps: int) -> None:
+            """w1 pushes after w0, as on the virtual clock: arrival decides who gets which shard next, and with
+            it whose memory of error feedback meets it."""
+            wait_for(lambda: pushed() >= steps // 5)
+
+        threads = [
+            threading.Thread(target=work, args=(at, f"w{i}", 15), kwargs=options | {"turn": turn})
+            for i, turn in enumerate((None, second))
+        ]
+        threads[0].start()
+        wait_for(lambda: pushed() >= 0)
+        threads[1].start()
         for t in threads:
             t.join()
         assert server.core is not None
-        # Arrival order is free here, and addition of two pushes commutes up to rounding.
         np.testing.assert_allclose(server.core.theta, core.theta, atol=1e-6)
         status = Link(at, SECRET, "", 5).status()
         assert status["version"] == 6 and status["done"] and status["shards"] == [15, 15]
