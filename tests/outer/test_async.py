@@ -147,8 +147,8 @@ def test_simulator_is_the_server(tmp_path: Path, codec: str) -> None:
             return known["w0"].counts.get("applied", 0) if "w0" in known else -1
 
         def second(steps: int) -> None:
-            """w1 pushes after w0, as on the virtual clock: arrival decides who gets which shard next, and with
-            it whose memory of error feedback meets it."""
+            """w1 pushes after w0, as on the virtual clock: arrival decides who gets which shard next, and so
+            whose error feedback meets it."""
             wait_for(lambda: pushed() >= steps // 5)
 
         threads = [
