@@ -1,4 +1,4 @@
-"""Product-quantized token tables: exact where they can be, the same rows and logits by either way, counted."""
+"""Product-quantized token tables: exact where they can be, the same rows and logits either way, counted."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_codes_from_scratch_tell_all_rows_apart():
     for vocab, groups, codes in ((61, 2, 8), (61, 6, 2), (1, 1, 2), (257, 16, 256)):
         found = product.assign(vocab, groups, codes)
         assert len(found.unique(dim=0)) == vocab and int(found.max()) < codes
-    with pytest.raises(ConfigError, match="16 rows.*take more groups or codes"):
+    with pytest.raises(ConfigError, match=r"16 rows.*take more groups or codes"):
         build(vq={"groups": 2, "codes": 4})
 
 
