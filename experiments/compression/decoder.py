@@ -37,7 +37,7 @@ def as_llama(lm: LanguageModel) -> Any:
 
     Raises ValueError for any other plan, and for options that a Llama does not have.
     """
-    blocks = list(lm.bank.values())
+    blocks: list[Any] = list(lm.bank.values())
     pairs = list(zip(blocks[::2], blocks[1::2]))
     attention, mlp = (b.block for b in blocks[:2])
     kinds = [b.block.registered_name for b in blocks]
@@ -47,12 +47,17 @@ def as_llama(lm: LanguageModel) -> Any:
         vocab_size=lm.vocab, hidden_size=lm.config.dim, num_hidden_layers=len(pairs),
         num_attention_heads=attention.heads, num_key_value_heads=attention.kv_heads,
         head_dim=attention.head_dim, intermediate_size=mlp.hidden, rms_norm_eps=lm.config.norm_eps,
-        rope_theta=attention.theta, max_position_embeddings=2 * lm.config.run.context,
+        rope_parameters={"rope_type": "default", "rope_theta": attention.theta},
+        max_position_embeddings=2 * lm.config.run.context,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    made = AutoModelForCausalLM.from_config(config)
-    tensors = {"model.embed_tokens.weight": lm.embed.table(), "lm_head.weight": lm.embed.table()}
-    tensors["model.norm.weight"] = lm.heads["next"].norm.weight
+    made: Any = AutoModelForCausalLM.from_config(config)
+    tensors: dict[str, Any] = {
+        "model.embed_tokens.weight": lm.embed.table(),
+        "lm_head.weight": lm.embed.table(),
+    }
+    head: Any = lm.heads["next"]
+    tensors["model.norm.weight"] = head.norm.weight
     names = (("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp"))
     for i, pair in enumerate(pairs):
         for (norm, part), residual in zip(names, pair):

@@ -52,7 +52,8 @@ class GroupedHeads(Block):
 
     def turned(self, x: Tensor, ctx: Ctx | None, seen: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, K] and k [B, T, G, K], turned, and v. seen: [B], tokens before this call, or None."""
-        positions = rotary_positions(ctx, seen, *x.shape[:2], x.device)
+        B, T = x.shape[:2]
+        positions = rotary_positions(ctx, seen, B, T, x.device)
         tables = rope_tables(positions, self.head_dim, self.theta, x.dtype)
         q, k = self.split(self.q_proj, x), self.split(self.k_proj, x)
         return rope(q, *tables), rope(k, *tables), self.split(self.v_proj, x)
