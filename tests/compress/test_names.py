@@ -72,7 +72,10 @@ def test_flags_parse_and_defaults_are_true(method, flag, default):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command):
-    options_of(shlex.split(command))
+    words = shlex.split(command)
+    method = options_of(words).method
+    assert METHODS.get(method) is not None
+    assert "--method" not in words or words[words.index("--method") + 1] == method
 
 
 def test_what_is_gone_is_refused():
