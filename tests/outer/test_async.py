@@ -142,21 +142,25 @@ def test_simulator_is_the_server(tmp_path: Path, codec: str) -> None:
     with serving(tmp_path) as server:
         at = f"127.0.0.1:{server.address[1]}"
 
-        def pushed() -> int:
+        def pushed(name: str) -> int:
             known = server.core.workers if server.core else {}
-            return known["w0"].counts.get("applied", 0) if "w0" in known else -1
+            return known[name].counts.get("applied", 0) if name in known else -1
+
+        # As on the virtual clock: w0 joins first and pushes first (arrival decides who gets which shard next,
+        # and so whose error feedback meets it), but not before w1 has joined: a push with nobody else at
+        # work closes its round at once.
+        def first(steps: int) -> None:
+            wait_for(lambda: pushed("w1") >= 0)
 
         def second(steps: int) -> None:
-            """w1 pushes after w0, as on the virtual clock: arrival decides who gets which shard next, and so
-            whose error feedback meets it."""
-            wait_for(lambda: pushed() >= steps // 5)
+            wait_for(lambda: pushed("w0") >= steps // 5)
 
         threads = [
             threading.Thread(target=work, args=(at, f"w{i}", 15), kwargs=options | {"turn": turn})
-            for i, turn in enumerate((None, second))
+            for i, turn in enumerate((first, second))
         ]
         threads[0].start()
-        wait_for(lambda: pushed() >= 0)
+        wait_for(lambda: pushed("w0") >= 0)
         threads[1].start()
         for t in threads:
             t.join()
