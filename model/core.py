@@ -11,12 +11,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model.docs import Docs, count_tokens, positions_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 State = Any  # a pytree (NamedTuple, tuple, dict) of tensors whose first dimension is the batch
 
@@ -289,8 +292,11 @@ class Bottleneck(nn.Module, ABC):
     ) -> Step:
         """code -> y [B, T, D]; saved: from `enter`."""
 
-    def upkeep(self) -> None:
-        """What it needs after the optimizer's step; called on every rank. Nothing by default."""
+    def upkeep(self, ranks: ProcessGroup | None = None) -> None:
+        """What it needs after the optimizer's step; called on every rank. Nothing by default.
+
+        ranks: the process group that trains this one model; None: this process alone.
+        """
 
     def cost(self, T: int) -> Cost:
         return Cost()

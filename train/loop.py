@@ -95,7 +95,7 @@ def train_step(state: TrainState, micros: Sequence[Micro], config: Config, world
     )
     refused = state.guard.refuses(loss, grad_norm)
     step_or_skip(state, lr, refused, config)
-    upkeep(lm)
+    upkeep(lm, world.ranks)
     tokens = sequences * config.run.context
     state.step += 1
     state.tokens += tokens

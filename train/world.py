@@ -48,6 +48,11 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def ranks(self) -> dist.ProcessGroup | None:
+        """The ranks that train this worker's model, as a process group; None when this rank is alone."""
+        return None if self.size == 1 else self.group or dist.group.WORLD
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks of a small tensor, in place; fp64 keeps counts and losses exact enough."""
         if self.size > 1:

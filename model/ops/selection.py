@@ -65,12 +65,13 @@ class Selector(nn.Module):
             self._calls += 1
 
     @torch.no_grad()
-    def upkeep(self) -> None:
-        """Move the threshold towards what was collected since the last call; the same on every rank."""
+    def upkeep(self, ranks: dist.ProcessGroup | None = None) -> None:
+        """Move the threshold towards what was collected since the last call; the same on every rank of the
+        group `ranks` (None: this process alone)."""
         both = torch.stack([torch.zeros_like(self.threshold) if self._sum is None else self._sum,
                             self.threshold.new_tensor(float(self._calls))])  # fmt: skip
         self._sum, self._calls = None, 0
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(both)
+        if ranks is not None:
+            dist.all_reduce(both, group=ranks)
         if both[1] > 0 and torch.isfinite(both).all():
             self.threshold.lerp_(both[0] / both[1], 1 - self.decay)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 
 from model.core import Aux, Bottleneck, Ctx, Entered, State, Step, at_least_fp32, docs_of
 from model.ops.selection import Selector
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Quantizer(Bottleneck):
@@ -101,11 +105,15 @@ class Quantizer(Bottleneck):
         """What a token's codes take when each is written in full."""
 
 
-def upkeep(model: nn.Module) -> None:
-    """The upkeep of every bracket and selector of a model: once after each optimizer step, on every rank."""
+def upkeep(model: nn.Module, ranks: ProcessGroup | None = None) -> None:
+    """The upkeep of every bracket and selector of a model: once after each optimizer step, on every rank.
+
+    ranks: the process group that trains this one model; None: this process alone. Statistics are summed over
+    these ranks and no others: DiLoCo workers in one launch must not mix theirs.
+    """
     for module in model.modules():
         if isinstance(module, Bottleneck | Selector):
-            module.upkeep()
+            module.upkeep(ranks)
 
 
 def straight_through(z: Tensor, grid: Tensor) -> Tensor:

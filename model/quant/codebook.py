@@ -4,9 +4,9 @@ Shape legend: N codes  c channels of a code  M vectors
 
 After van den Oord et al. (arXiv 1711.00937, appendix A): a code is the moving average of the vectors that
 chose it. Forward only looks up and counts; `upkeep`, called once after the optimizer's step, sums the
-counts over all ranks and moves the codes. (Inside forward it would break autograd, run twice under
-activation checkpointing, and differ between ranks.) Counts enter as shares of the step's vectors, so that
-a forward which is replayed changes nothing.
+counts over the ranks that train this model and moves the codes. (Inside forward it would break autograd,
+run twice under activation checkpointing, and differ between ranks.) Counts enter as shares of the step's
+vectors, so that a forward which is replayed changes nothing.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ class Codebook(nn.Module):
         self._sample = z[rows]
 
     @torch.no_grad()
-    def upkeep(self) -> None:
-        """Move the codes by what was collected since the last call; the same on every rank. Collected
-        vectors that are not finite are dropped, as the optimizer drops such a step."""
-        counts, sums, sample = self._gathered()
+    def upkeep(self, ranks: dist.ProcessGroup | None = None) -> None:
+        """Move the codes by what was collected since the last call; the same on every rank of the group
+        `ranks` (None: this process alone). Collected vectors that are not finite are dropped, as the
+        optimizer drops such a step."""
+        counts, sums, sample = self._gathered(ranks)
         if not counts.any() or not (torch.isfinite(sums).all() and torch.isfinite(sample).all()):
             return
         total = counts.sum()
@@ -91,16 +92,16 @@ class Codebook(nn.Module):
         self.share[dead] = 1 / len(self.share)
         self.table.copy_(self.fit(self.mean / self.share[:, None]))
 
-    def _gathered(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What all ranks collected; a rank that saw no token takes part with zeros."""
+    def _gathered(self, ranks: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What all ranks of the group collected; a rank that saw no token takes part with zeros."""
         counts = torch.zeros_like(self.share) if self._counts is None else self._counts
         sums = torch.zeros_like(self.table) if self._sums is None else self._sums
         sample = self.table.clone() if self._sample is None else self._sample
         self._counts = self._sums = self._sample = None
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
-            dist.broadcast(sample, src=0)
+        if ranks is not None:
+            dist.all_reduce(counts, group=ranks)
+            dist.all_reduce(sums, group=ranks)
+            dist.broadcast(sample, group=ranks, group_src=0)
         return counts, sums, sample
 
 

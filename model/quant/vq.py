@@ -6,6 +6,7 @@ Shape legend: B batch  T time  D model width  C channels  N codes  G groups  S s
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from model.core import Aux, Cost
 from model.quant.base import Quantizer, code_stats, straight_through
 from model.quant.codebook import Codebook, commitment, nearest
 from model.registry import quantizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class VectorQuantizer(Quantizer):
@@ -48,10 +52,10 @@ class VectorQuantizer(Quantizer):
     def tables(self) -> list[Codebook]:
         return [m for m in self.modules() if isinstance(m, Codebook)]
 
-    def upkeep(self) -> None:
+    def upkeep(self, ranks: ProcessGroup | None = None) -> None:
         if self.a.weight.requires_grad:
             for book in self.tables:
-                book.upkeep()
+                book.upkeep(ranks)
 
 
 @quantizer("vq")

@@ -9,7 +9,6 @@ import itertools
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from model.core import Ctx, Docs
@@ -213,22 +212,3 @@ def test_codes_that_do_not_exist_are_refused(name: str) -> None:
     for bad in (-1, 256):
         with pytest.raises(IndexError, match=r"0\.\.255|0 or 1"):
             q.decode_codes(torch.full_like(codes, bad))
-
-
-def _rank(rank: int, path: str, x: Tensor, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    torch.save(moved(vq(), x[rank : rank + 1]), f"{out}{rank}")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_quant_tables_agree_over_ranks(tmp_path) -> None:
-    """Two ranks with half the batch each move tables as one process does with all of it."""
-    x = torch.randn(2, 40, 16)
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), x, str(tmp_path / "rank")), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{r}", weights_only=True) for r in range(2)]
-    want = moved(vq(dead=0.0), x)
-    for k in want:
-        assert torch.equal(ranks[0][k], ranks[1][k]), f"{k} differs between ranks"
-        torch.testing.assert_close(ranks[0][k], want[k])
