@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 HEADERS = 14 + 20 + 32  # Ethernet, IPv4, TCP with time stamps
 SWITCH = Path(__file__).with_name("switch.py")
@@ -111,7 +111,7 @@ class Lan:
         for name in self._made:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
-    def __enter__(self) -> Lan:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

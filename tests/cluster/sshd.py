@@ -33,10 +33,12 @@ PermitRootLogin prohibit-password
 PrintMotd no
 Subsystem sftp internal-sftp
 """
-# bash as pid 1 reaps orphans; /run without systemd in it.
+# bash as pid 1 reaps orphans; /run without systemd in it. What root's shell does on this machine at its start
+# (bash reads .bashrc under sshd) is none of the nodes' business: it would run for every command of a play.
 BOOT = """\
 mount --make-rprivate / && hostname "$1" && mount --bind "$2/srv/$1" /srv && mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /dev/shm && mkdir -p -m 755 /run/sshd
+for file in ~root/.bashrc ~root/.ssh/rc; do test ! -e "$file" || mount --bind /dev/null "$file"; done
 "$3" -D -e -f "$2/ssh/sshd_config" &
 touch "$2/booted.$1"
 while :; do sleep 3600 & wait $!; done

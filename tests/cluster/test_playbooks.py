@@ -292,7 +292,7 @@ def test_playbooks_lint() -> None:
 @pytest.mark.slow
 def test_playbooks_demo() -> None:
     from tests.cluster import demo
-    from tests.cluster.sshd import missing
+    from tests.cluster.plays import missing
 
     if why := missing():
         pytest.skip(why)
