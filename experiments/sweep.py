@@ -86,7 +86,7 @@ class SweepSpec:
     seeds: int = 3
     measure: str = "bits_per_byte"
     samples: int = 50
-    eval_tokens: int = 32768
+    eval_tokens: int = 16384
     prefill: int = 0
 
 
