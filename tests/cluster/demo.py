@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.cluster import sshd
 from tests.cluster.plays import SERVER, Plays, drill, tells
 
 DRAINED, KILLED = "n2", "n3"
@@ -80,6 +81,7 @@ class Demo(Plays):
         self.push_from("one", workers, "launched")
         tells(self.play("status"), *(rf'{w}: .*worker {{\\?"state\\?": \\?"running' for w in workers))
         tells(self.play("logs", "-e", "lines=5"), "state/server/log", *(rf"ok: \[{w}\]" for w in workers))
+        self.firewall(workers)
         self.lose_and_regain(workers)
         self.play("grow", "-e", "now=true")
         self.wait(
@@ -89,6 +91,17 @@ class Demo(Plays):
         self.play("collect", "-e", "into=collected")
         self.play("stop")
         self.judge(workers)
+
+    def firewall(self, workers: list[str]) -> None:
+        """With nft, a member reaches the server's port and the controller, which is none, does not."""
+        if not sshd.nft():
+            self.say("no nft on this machine: firewall rules not tried")
+            return
+        where = f"{self.lan.address(1)}:29500"
+        found = {node: self.lan.reaches(node, where) for node in ("n0", *workers)}
+        if found != {"n0": False, **{w: True for w in workers}}:
+            raise SystemExit(f"{where} is reached from: {found}")
+        self.say(f"{where}: open to {', '.join(workers)}, closed to n0")
 
     def lose_and_regain(self, workers: list[str]) -> None:
         """One node dies, another is drained; both come back while the third trains on."""

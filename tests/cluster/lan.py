@@ -87,6 +87,13 @@ class Lan:
         self.processes.append(process)
         return process
 
+    def reaches(self, node: str, where: str) -> bool:
+        """Whether a TCP connection from the node to HOST:PORT is made within 5 s."""
+        host, port = where.rsplit(":", 1)
+        code = f"import socket; socket.create_connection(({host!r}, {port}), 5)"
+        process = self.popen(node, [sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        return process.wait(60) == 0
+
     def cut(self, node: str) -> None:
         """Unplug: frames vanish, no connection is told."""
         (self.folder / f"cut.{node}").touch()

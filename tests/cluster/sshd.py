@@ -59,6 +59,10 @@ def sshd() -> str | None:
     return shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
+def nft() -> str | None:
+    return shutil.which("nft", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
 class SshLan(Lan):
     """machines: so many nodes with sshd besides the controller n0."""
 

@@ -1,11 +1,12 @@
 """The playbooks without a LAN: the inventory checker, templates, the supervisor, the probe; syntax and lint.
 
-The drill with machines is `tests/cluster/demo.py` (`make cluster-demo`, or make test-slow AREA=playbooks).
+The drills with machines are demo.py (`make cluster-demo`) and refusals.py (make test-slow AREA=playbooks).
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import json
 import os
@@ -288,12 +289,12 @@ def test_playbooks_lint() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@needs_ansible
 @pytest.mark.slow
-def test_playbooks_demo() -> None:
-    from tests.cluster import demo
+@pytest.mark.parametrize("drill", ["demo", "refusals"])
+def test_playbooks_on_live_nodes(drill: str) -> None:
+    """A cluster from an empty disk to a grown model; bad input and --check of every playbook."""
     from tests.cluster.plays import missing
 
     if why := missing():
         pytest.skip(why)
-    assert demo.main([]) == 0
+    assert importlib.import_module(f"tests.cluster.{drill}").main([]) == 0
