@@ -31,7 +31,7 @@ from train.compress_data import Example, Reading, read
 
 HERE = Path(__file__).resolve().parent
 SMALL = Effort(steps=100, batch=8, micro=8, rate=2e-3, examples=128, oracle_steps=25)
-REAL = Effort(steps=100, batch=4, micro=4, rate=5e-4, examples=32, oracle_steps=10)
+REAL = Effort(steps=100, batch=2, micro=2, rate=5e-4, examples=32, oracle_steps=10)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def parse(argv: Sequence[str] | None = None) -> Study:
     p.add_argument("--arms", nargs="*", default=(), help="names as in the table; all by default")
     p.add_argument("--seeds", type=int, default=None, help="3, or 1 for a decoder that is given")
     p.add_argument("--steps", type=int, default=None, help="of every trained arm (100)")
-    p.add_argument("--batch", type=int, default=None, help="examples a step (8, or 4)")
+    p.add_argument("--batch", type=int, default=None, help="examples a step (8, or 2)")
     p.add_argument("--learning-rate", type=float, default=None, help="of slots and adapters (2e-3, or 5e-4)")
     p.add_argument("--examples", type=int, default=None, help="held-out windows that are scored (128, or 32)")
     p.add_argument("--context", type=int, default=128)

@@ -54,7 +54,7 @@ DATA = ROOT / "data" / "pystdlib-bytes"
 K, H = 4, 20
 HOPELESS = 100  # refused pushes after which a run counts as diverged
 PACES = {"w0": 0.58, "w1": 0.75, "w2": 1.51, "w3": 3.33}
-LRS = (1.5e-3, 3e-3, 6e-3)
+LRS = (1.5e-3, 3e-3)
 OUTER_LRS = (0.35, 0.175, 0.0875)  # of naive_tuned; naive itself has 0.7
 
 
