@@ -76,6 +76,7 @@ HOST: dict[str, Rule] = {
     "lab_interface": ("the name of a network interface", _text),
     "lab_ranks": ("a whole number from 1", _count),
     "lab_speed": ("a number above 0", _positive),
+    "lab_nice": ("a niceness, 0 to 19", lambda v: v in range(20) and not isinstance(v, bool)),
     "lab_python": ("an absolute path of an interpreter", _absolute),
 }
 DATA = {"dir", "source", "tokenizer", "merges", "heldout", "include"}

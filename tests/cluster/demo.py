@@ -51,6 +51,7 @@ def settings(steps: int) -> dict[str, Any]:
         "lab_deadline_s": 120,
         "lab_parameters": 40_000,
         "lab_step_s": 0.1,
+        "lab_nice": 19,
         "lab_data": {"dir": "data/pystdlib-bytes", "source": "pystdlib", "tokenizer": "bytes"},
         "lab_run": "demo",
         "lab_stages": [stage("one", 1, steps), stage("two", 2, 20)],

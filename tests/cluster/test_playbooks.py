@@ -75,6 +75,7 @@ BOX = ("all", "children", "workers", "hosts", "box2")
     [
         (put("all", "vars", "lab_portt", 29500), "unknown key 'lab_portt'; did you mean 'lab_port'?"),
         (put(*BOX, "lab_rank", 2), "workers.box2: unknown key 'lab_rank'; did you mean 'lab_ranks'?"),
+        (put(*BOX, "lab_nice", 20), "lab_nice: want a niceness, 0 to 19, not 20"),
         (put(*BOX, "lab_ranks", 0), "lab_ranks: want a whole number from 1, not 0"),
         (put(*BOX, "ansible_host", "box2.local"), "box2.ansible_host: want an IP address"),
         (put(*BOX, "ansible_host", "192.168.1.11"), "is also box1's"),
@@ -270,6 +271,43 @@ def test_slurm_script_is_bash_and_names_every_host(tmp_path: Path) -> None:
     assert "server=192.168.1.11:29500" in script
     assert "worker enp5s0 2 box1" in script and "worker eno1 1 box3" in script
     assert "grow.from=" in script and "runs/samba/small/final" in script
+
+
+@needs_ansible
+@pytest.mark.slow
+def test_playbooks_slurm_script_trains(tmp_path: Path) -> None:
+    """The script to its end, with three loopback addresses for nodes and a stand-in for srun."""
+    from tests.cluster.demo import settings
+
+    root, text = tmp_path / "lab", tmp_path / "text"
+    for folder in ("data", "etc", "runs", "bin"):
+        (root / folder).mkdir(parents=True)
+    (root / "code").symlink_to(ROOT)
+    (root / "etc" / "secret").write_text("s" * 64 + "\n")
+    (root / "etc" / "secret").chmod(0o600)
+    text.mkdir()
+    for i in range(60):
+        (text / f"{i}.txt").write_text(
+            "".join(f"{j} bottles on wall {i}, {i * j} in all.\n" for j in range(99))
+        )
+    prepare = ["-m", "dataset", "prepare", "--source", text, "--out", root / "data" / "x"]
+    subprocess.run([sys.executable, *map(str, prepare)], cwd=ROOT, check=True)
+    common = settings(6) | {"lab_root": str(root), "lab_data": {"dir": "data/x", "source": str(text)}}
+    common |= {"lab_port": 29000 + os.getpid() % 500, "lab_stages": common["lab_stages"][:1]}
+    common["lab_outer"] |= {"every": 2}
+    hosts = {f"n{i}": {"ansible_host": f"127.0.0.{i}", "lab_interface": "lo"} for i in (1, 2, 3)}
+    groups = {"server": {"hosts": {"n1": None}}, "workers": {"hosts": hosts}}
+    path = tmp_path / "inventory.yml"
+    path.write_text(yaml.safe_dump({"all": {"vars": common, "children": groups}}))
+    out = playbook("slurm", "-e", f"out={tmp_path}/job.sbatch", inventory=path)
+    assert out.returncode == 0, out.stdout + out.stderr
+    (root / "bin" / "srun").write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
+    (root / "bin" / "srun").chmod(0o755)
+    env = {**os.environ, "PATH": f"{root}/bin:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    subprocess.run([str(tmp_path / "job.sbatch")], env=env, check=True, timeout=900)
+    for name in hosts:
+        status = json.loads((root / "runs" / "demo" / "one" / name / "status.json").read_text())
+        assert status["status"] == "complete"
 
 
 @needs_ansible
