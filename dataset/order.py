@@ -46,16 +46,22 @@ class Permutation:
         return self._walk(ids, self._backward)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """The same as a call, for ids that come in order: computes CHUNK at a time and keeps the last."""
+        """The same as a call, for increasing ids: computes CHUNK at a time and keeps the last. Not to be
+        written to."""
         if not len(ids):
             return ids
-        first, last = int(ids[0]) // CHUNK, int(ids[-1]) // CHUNK
-        if first != last:
+        first, last = int(ids[0]), int(ids[-1])
+        chunk = first // CHUNK
+        start = chunk * CHUNK
+        if last // CHUNK != chunk:
             return self(ids)
-        if self._block[0] != first:
-            start = first * CHUNK
-            self._block = (first, self(np.arange(start, min(self.n, start + CHUNK), dtype=np.int64)))
-        return self._block[1][ids - first * CHUNK]
+        known, block = self._block  # read once: another thread may replace it
+        if known != chunk:
+            block = self(np.arange(start, min(self.n, start + CHUNK), dtype=np.int64))
+            self._block = (chunk, block)
+        if last - first == len(ids) - 1:
+            return block[first - start : last + 1 - start]
+        return block[ids - start]
 
     def _walk(self, ids: np.ndarray, step) -> np.ndarray:
         x = np.asarray(ids, np.uint64)

@@ -96,6 +96,23 @@ class ConcatRows(Rows):
         self._check(split.tokens)
         self._starts = split.starts.tolist()
 
+    def _one_shard(self, rows: np.ndarray) -> int | None:
+        """Number of the shard in which all rows lie whole, as in a corpus of few shards; or None."""
+        if not len(rows):
+            return None
+        numbers = rows.tolist()
+        k = bisect.bisect_right(self._starts, min(numbers) * self.context) - 1
+        return k if (max(numbers) + 1) * self.context <= self._starts[k + 1] else None
+
+    def _take(self, k: int, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """[b, C] of one of shard k's files, which is a matrix of whole rows after the end of a cut one."""
+        C = self.context
+        first = -(-self._starts[k] // C)  # the first row that begins in this shard
+        skip = first * C - self._starts[k]
+        shape = ((len(values) - skip) // C, C)
+        matrix = np.ndarray(shape, values.dtype, values, skip * values.itemsize)
+        return matrix.take(rows - first if first else rows, axis=0)
+
     def _segments(self, rows: np.ndarray) -> list[Segment]:
         starts, C = self._starts, self.context
         found = []
@@ -111,12 +128,28 @@ class ConcatRows(Rows):
 
     def read_tokens(self, rows: np.ndarray, dtype: np.dtype | type) -> np.ndarray:
         """[b, C] ids without their boundaries: for consumers that need none."""
+        if (k := self._one_shard(rows)) is not None:
+            return self._take(k, self.split.shards[k].tok, rows).astype(dtype, copy=False)
         return self._gather(len(rows), self._segments(rows), dtype, padded=False)[0]
 
     def read(self, rows: np.ndarray, dtype: np.dtype | type = np.int64) -> Arrays:
+        if (k := self._one_shard(rows)) is not None:
+            return self._read_one_shard(k, rows, dtype)
         segments = self._segments(rows)
         tokens, mask, side = self._gather(len(rows), segments, dtype, padded=False)
         return Arrays(tokens, self._boundaries(len(rows), segments), None, mask, side)
+
+    def _read_one_shard(self, k: int, rows: np.ndarray, dtype: np.dtype | type) -> Arrays:
+        """What `read` does by segments, with one gather a file: faster for a few short rows."""
+        shard = self.split.shards[k]
+        tokens = self._take(k, shard.tok, rows).astype(dtype, copy=False)
+        mask = self._take(k, shard.msk, rows) if self._masks else None
+        side = None
+        if self.sidecar is not None:
+            side = self._take(k, self.sidecar.values(shard), rows).astype(np.float32)
+        return Arrays(
+            tokens, _cuts(shard.end, rows * self.context - self._starts[k], self.context), None, mask, side
+        )
 
     def _boundaries(self, b: int, segments: list[Segment]) -> np.ndarray:
         """Segment starts (all are row or document starts) and the document starts inside the segments."""
@@ -147,6 +180,24 @@ class ConcatRows(Rows):
             for number, cut in zip(numbers, zip(cuts, cuts[len(numbers) :])):
                 found[number] = cut
         return found
+
+
+def _cuts(end: np.ndarray, first: np.ndarray, context: int) -> np.ndarray:
+    """cu_seqlens of rows that begin at `first` of a shard whose documents end at `end`."""
+    b = len(first)
+    # keys of another type than the map's would make searchsorted copy the whole map
+    keys = np.concatenate([first, first + (context - 1)]).astype(end.dtype)
+    inside = end.searchsorted(keys, "right")  # the documents that end inside a row, not at its very end
+    counts = inside[b:] - inside[:b] + 1
+    after = counts.cumsum()
+    before = after - counts
+    index = np.arange(after[-1]) + np.repeat(inside[:b] - before - 1, counts)
+    cuts = np.empty(len(index) + 1, np.int64)
+    cuts[:-1] = end[index]
+    cuts[before] = first
+    cuts[:-1] += np.repeat(np.arange(b) * context - first, counts)
+    cuts[-1] = b * context
+    return cuts.astype(np.int32)
 
 
 class PlannedRows(Rows):

@@ -3,9 +3,22 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dataset.files import DatasetError
 from dataset.loader import Loader
+from dataset.plan import Request
+from dataset.prepare import prepare
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, corpus, byte_data):
+    """The dataset of bytes in one shard."""
+    out = tmp_path_factory.mktemp("whole") / "bytes"
+    data = prepare(Request(sources=(str(corpus),), tokenizer="bytes", heldout=0.1), out).dataset
+    assert len(data.splits["train"].shards) == 1 < len(byte_data.splits["train"].shards)
+    return data
 
 
 def stream(split) -> np.ndarray:
@@ -35,6 +48,20 @@ def test_boundaries_are_document_or_row_starts(byte_data, context):
         wanted = {t - first * context for t in starts if first * context <= t < (first + b) * context}
         wanted |= {i * context for i in range(b + 1)}
         assert set(cu.tolist()) == wanted
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), context=st.sampled_from([1, 7, 64, 1000]))
+def test_one_shard_and_many_give_the_same_rows(byte_data, whole, data, context):
+    """Rows of one shard are gathered at once, others by segments: ids, widths and boundaries are the same."""
+    near, far = (d.view(context=context, shuffle=False).source for d in (whole, byte_data))
+    rows = np.array(data.draw(st.lists(st.integers(0, near.rows - 1), max_size=6)), np.int64)
+    for dtype in (np.int64, np.uint16):
+        a, b = near.read(rows, dtype), far.read(rows, dtype)
+        assert a.tokens.dtype == b.tokens.dtype == dtype
+        assert np.array_equal(a.tokens, b.tokens) and np.array_equal(a.tokens, near.read_tokens(rows, dtype))
+        assert a.cu_seqlens.dtype == b.cu_seqlens.dtype and np.array_equal(a.cu_seqlens, b.cu_seqlens)
+        assert np.array_equal(b.tokens, far.read_tokens(rows, dtype))
 
 
 def test_epochs_differ_and_repeat(byte_data):
