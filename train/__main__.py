@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -68,18 +69,22 @@ def watch(paths: list[Path], every_s: float) -> None:
         while any(held(run) for path in paths for run in runs_in(path)):
             time.sleep(every_s)
             live.update(status_table(paths), refresh=True)
+        live.update(status_table(paths), refresh=True)  # how they ended
 
 
 def runs_in(path: Path) -> list[Path]:
-    """The run itself, or the runs in a folder. Raises UserError when there is none."""
-    found = (
-        [path]
-        if (path / rundir.ABOUT).is_file()
-        else sorted(p.parent for p in path.glob(f"*/{rundir.ABOUT}"))
-    )
+    """The run itself, or the runs in a folder, each with its workers. Raises UserError when there is none."""
+    here = (path / rundir.ABOUT).is_file()
+    found = [path] if here else sorted(p.parent for p in path.glob(f"*/{rundir.ABOUT}"))
     if not found:
         raise UserError(f"{path}: no run here, nor in a folder below")
-    return found
+    return [worker for run in found for worker in (run, *workers_of(run))]
+
+
+def workers_of(run: Path) -> list[Path]:
+    """Folders of the run's other workers (`outer.team`), in their order."""
+    found = (p.parent for p in run.glob(f"workers/*/{rundir.ABOUT}"))
+    return sorted(found, key=lambda p: (len(p.name), p.name))
 
 
 def status_table(paths: list[Path]) -> Table:
@@ -87,11 +92,13 @@ def status_table(paths: list[Path]) -> Table:
     table = Table()
     table.add_column("run", overflow="fold")
     table.add_column("status", no_wrap=True)
-    for title in ("step", "tokens", "loss", "bits/byte", "tokens/s", "MFU", "left"):
+    rows = [status_row(run) for path in paths for run in runs_in(path)]
+    titles = ["step", "tokens", "loss", "bits/byte", "tokens/s", "MFU", "left", "outer loop"]
+    last = len(titles) if any(row[-1] for row in rows) else -1
+    for title in titles[:last]:
         table.add_column(title, justify="right", no_wrap=True)
-    for path in paths:
-        for run in runs_in(path):
-            table.add_row(*status_row(run))
+    for row in rows:
+        table.add_row(*row[: len(table.columns)])
     return table
 
 
@@ -107,11 +114,19 @@ def status_row(run: Path) -> list[str]:
     row.append(f"{train['loss']:.4f}" if train and train["loss"] is not None else "")
     bits = ((head, value) for head, value in (scores or {}).get("bpb", {}).items() if value is not None)
     row.append("\n".join(f"{head} {value:.3f}" for head, value in bits))
+    traffic = outer_loop((train or {}).get("outer", {}))
     if not train or not train["tokens_per_s"]:
-        return [*row, "", "", ""]
+        return [*row, "", "", "", traffic]
     left = (total - step) * train["tokens"] / max(1, step) / train["tokens_per_s"]
     mfu = f"{train['mfu']:.1%}" if train.get("mfu") else ""
-    return [*row, f"{train['tokens_per_s']:,.0f}", mfu, duration(left) if word == "running" else ""]
+    return [*row, f"{train['tokens_per_s']:,.0f}", mfu, duration(left) if word == "running" else "", traffic]
+
+
+def outer_loop(traffic: dict[str, Any]) -> str:
+    """{"rounds": 3, "sent": 1200000, ...} -> "rounds 3", "1.2 MB sent", ...; "" without an outer loop."""
+    counts = [f"{key} {value}" for key, value in traffic.items() if key not in ("sent", "received", "lease")]
+    sizes = [f"{outer_watch.megabytes(traffic[k])} {k}" for k in ("sent", "received") if k in traffic]
+    return "\n".join([", ".join(counts), *sizes] if traffic else [])
 
 
 def held(run: Path) -> bool:

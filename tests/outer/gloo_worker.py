@@ -27,7 +27,7 @@ STEPS = 23
 def results(rank: int, size: int, store: Path) -> dict[str, np.ndarray]:
     """Final tensors of every case, one vector each, and the bytes that were sent."""
     torch.set_num_threads(1)
-    where = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=120)}
+    where = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=600)}
     dist.init_process_group("gloo", init_method=f"file://{store}", **where)
     try:
         out = {}

@@ -30,7 +30,9 @@ SYNC = {"grace": 1e9, "dynamic": False}
 
 
 def config(**options: Any) -> OuterConfig:
-    return OuterConfig(**{"kind": "async", "every": 5, "shards": 2, "patience": 5.0, **options})
+    """Nobody is taken for dead, however slow the machine: heartbeats of ten minutes, patience of one."""
+    slow = {"heartbeat": 600.0, "patience": 60.0}
+    return OuterConfig(**{"kind": "async", "every": 5, "shards": 2, **slow, **options})
 
 
 @contextmanager
@@ -166,7 +168,7 @@ def test_simulator_is_the_server(tmp_path: Path, codec: str) -> None:
             t.join()
         assert server.core is not None
         np.testing.assert_allclose(server.core.theta, core.theta, atol=1e-6)
-        status = Link(at, SECRET, "", 5).status()
+        status = Link(at, SECRET, "", 60).status()
         assert status["version"] == 6 and status["done"] and status["shards"] == [15, 15]
         assert sum(w["verdicts"]["applied"] for w in status["workers"]) == 6
         assert all(w["bytes_up"] > 0 and w["loss"] > 0 for w in status["workers"])
@@ -311,11 +313,12 @@ def test_bytes_are_what_the_wire_takes(tmp_path: Path) -> None:
     """8P a round up and down in fp32, within the frames' overhead; both ends count the same."""
     n = 3 * D * D + 2
     with serving(tmp_path) as server:
-        out = work(f"127.0.0.1:{server.address[1]}", "w", 25, shards=1, heartbeat=600.0)
-        link = Link(f"127.0.0.1:{server.address[1]}", SECRET, "", 5)
+        report = work(f"127.0.0.1:{server.address[1]}", "w", 25, shards=1)["report"]
+        ours = [report["sent"], report["received"]]
+        wait_for(lambda: server.bytes["w"] == ours)  # counted after the last answer has left
+        link = Link(f"127.0.0.1:{server.address[1]}", SECRET, "", 60)
         (row,) = link.status()["workers"]
-    report = out["report"]
-    assert row["bytes_up"] == report["sent"] and row["bytes_down"] == report["received"]
+    assert [row["bytes_up"], row["bytes_down"]] == ours
     rounds, theta_first = 5, 4 * n
     payload = rounds * 4 * n
     assert report["sent"] - payload - theta_first < 600 * (rounds + 4)
@@ -327,10 +330,10 @@ def test_another_run_is_refused_at_join(tmp_path: Path) -> None:
     terms = Terms(n=10, total=5, plain_from=10)
     with serving(tmp_path) as server:
         at = f"127.0.0.1:{server.address[1]}"
-        Link(at, SECRET, "a", 5).join(terms, IDENTITY, theta)
+        Link(at, SECRET, "a", 60).join(terms, IDENTITY, theta)
         for key in IDENTITY:
             with pytest.raises(UserError, match=f"of another run: {key}: {IDENTITY[key]} here, x there"):
-                Link(at, SECRET, "b", 5).join(terms, {**IDENTITY, key: "x"}, theta)
+                Link(at, SECRET, "b", 60).join(terms, {**IDENTITY, key: "x"}, theta)
         with pytest.raises(UserError, match="every: 100 here, 7 there"):
-            Link(at, SECRET, "b", 5).join(Terms(n=10, total=5, plain_from=10, every=7), IDENTITY, theta)
+            Link(at, SECRET, "b", 60).join(Terms(n=10, total=5, plain_from=10, every=7), IDENTITY, theta)
         assert list(server.core.workers) == ["a"]

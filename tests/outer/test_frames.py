@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.outer.test_async import IDENTITY, SECRET, serving
+from tests.outer.test_async import IDENTITY, SECRET, serving, wait_for
 from train.errors import UserError
 from train.outer.client import Link
 from train.outer.coordinator import Terms
 from train.outer.frames import (
     HEADER,
+    KINDS,
     MAGIC,
     SMALL,
     TAG,
@@ -34,7 +35,7 @@ from train.outer.server import Server
 
 KEY = bytes(range(32))
 N = 16
-TERMS = Terms(n=N, total=100, plain_from=N, shards=2)
+TERMS = Terms(n=N, total=100, plain_from=N, shards=2, heartbeat=600.0)
 THETA = np.arange(N, dtype="float32")
 
 
@@ -122,21 +123,21 @@ def test_frames_cannot_be_repeated_left_out_or_used_elsewhere() -> None:
 def test_the_server_outlives_strangers(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         at = f"127.0.0.1:{server.address[1]}"
-        link = Link(at, SECRET, "a", 5)
+        link = Link(at, SECRET, "a", 60)
         link.join(TERMS, IDENTITY, THETA)
         before = server.core.fingerprint()
         rng = random.Random(1)
         for i in range(60):
-            sock = socket.create_connection(server.address, timeout=5)
+            sock = socket.create_connection(server.address, timeout=60)
             if i % 3 == 0:
                 sock.sendall(rng.randbytes(rng.randrange(1, 3 * SMALL)))
             elif i % 3 == 1:
                 sock.sendall(HEADER.pack(MAGIC, 1, SMALL, 0, 0) + b"half")
             sock.close()
         with pytest.raises(UserError, match="another secret"):
-            Link(at, b"not the secret, but long", "b", 5).join(TERMS, IDENTITY, THETA)
+            Link(at, b"not the secret, but long", "b", 60).join(TERMS, IDENTITY, THETA)
         with pytest.raises(UserError, match="must join"):
-            Link(at, SECRET, "stranger", 5).push(0, 1.0, np.zeros(4 * N, np.uint8))
+            Link(at, SECRET, "stranger", 60).push(0, 1.0, np.zeros(4 * N, np.uint8))
         with pytest.raises(UserError, match=f"a push of 400 bytes, want {4 * N}"):
             link.push(0, 1.0, np.zeros(400, np.uint8))
         lease, theta = link.lease()
@@ -144,12 +145,12 @@ def test_the_server_outlives_strangers(tmp_path: Path) -> None:
         assert server.core.fingerprint() == before and server.core.version == 0
         assert link.push(lease.id, 1.0, server.core.codec.encode(np.ones(N, "float32"))) == "applied"
         link.close()
-    assert any("wrong secret" in line for line in server.lines)
+        wait_for(lambda: any("wrong secret" in line for line in server.lines))
 
 
 def test_half_a_push_is_discarded(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
-        link = Link(f"127.0.0.1:{server.address[1]}", SECRET, "a", 5)
+        link = Link(f"127.0.0.1:{server.address[1]}", SECRET, "a", 60)
         link.join(TERMS, IDENTITY, THETA)
         lease, _ = link.lease()
         line = link._connection
@@ -157,7 +158,7 @@ def test_half_a_push_is_discarded(tmp_path: Path) -> None:
         pieces = b"".join(pack(Frame("push", meta, bytes(4 * N)), line.key, line.number))
         line.sock.sendall(pieces[: len(pieces) // 2])
         link.close()
-        time.sleep(0.2)
+        wait_for(lambda: "a" not in server._open.values())  # it has noticed
         assert server.core.version == 0 and server.core.lease_of("a") == lease
         code = server.core.codec.encode(np.ones(N, "float32"))
         assert link.push(lease.id, 1.0, code) == "applied"  # sent again, whole, over a new line
@@ -165,19 +166,38 @@ def test_half_a_push_is_discarded(tmp_path: Path) -> None:
         link.close()
 
 
+def test_a_push_larger_than_any_is_refused_by_its_header(tmp_path: Path) -> None:
+    """From a worker that knows the secret; before memory is taken. Nothing is applied, the server is up."""
+    with serving(tmp_path) as server:
+        at = f"127.0.0.1:{server.address[1]}"
+        link = Link(at, SECRET, "a", 60)
+        link.join(TERMS, IDENTITY, THETA)
+        lease, _ = link.lease()
+        line, before = link._connection, server.core.fingerprint()
+        line.sock.settimeout(60)
+        line.sock.sendall(HEADER.pack(MAGIC, KINDS.index("push"), 2, 1 << 40, line.number))
+        with pytest.raises(ConnectionError):
+            line.receive()
+        wait_for(lambda: any(f"a frame of 2 + {1 << 40} bytes, at most" in x for x in server.lines))
+        assert server.core.fingerprint() == before and server.core.version == 0
+        code = server.core.codec.encode(np.ones(N, "float32"))
+        assert link.push(lease.id, 1.0, code) == "applied"
+        link.close()
+
+
 def test_first_parameters_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
-        link = Link(f"127.0.0.1:{server.address[1]}", SECRET, "a", 5)
+        link = Link(f"127.0.0.1:{server.address[1]}", SECRET, "a", 60)
         with pytest.raises(UserError, match="first θ"):
             link.join(TERMS, IDENTITY, THETA * np.nan)
         assert server.core is None
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
-    with pytest.raises(UserError, match=r"no answer for 0.3 s .*python -m train serve"):
-        Link(f"127.0.0.1:{port}", SECRET, "a", 0.3).status()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens there, and nobody else can
+        with pytest.raises(UserError, match=r"no answer for 0.3 s .*python -m train serve"):
+            Link(f"127.0.0.1:{taken.getsockname()[1]}", SECRET, "a", 0.3).status()
 
 
 def test_port_and_folder_in_use(tmp_path: Path) -> None:
@@ -190,7 +210,7 @@ def test_port_and_folder_in_use(tmp_path: Path) -> None:
 
 def test_a_clock_that_is_off_does_no_harm(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
-        link = Link(f"127.0.0.1:{server.address[1]}", SECRET, "late", 5)
+        link = Link(f"127.0.0.1:{server.address[1]}", SECRET, "late", 60)
         meta = {"terms": asdict(TERMS), "identity": IDENTITY, "lease": None, "time": time.time() - 7200}
         assert link.ask("join", meta, THETA.tobytes()).meta == {"resumed": False}
         lease, _ = link.lease()
@@ -255,7 +275,7 @@ def test_secrets_and_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_connection_needs_a_handshake(tmp_path: Path) -> None:
     """Requests under the open key, before the secret was proved, are not answered."""
     with serving(tmp_path) as server:
-        line = Connection(socket.create_connection(server.address, timeout=5))
+        line = Connection(socket.create_connection(server.address, timeout=60))
         line.receive()
         line.send(Frame("status"))
         with pytest.raises((ConnectionError, FrameError)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_table_says_who_does_what(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         at = f"127.0.0.1:{server.address[1]}"
-        link = Link(at, SECRET, "box-1", 5)
+        link = Link(at, SECRET, "box-1", 60)
         link.join(TERMS, IDENTITY, THETA)
         lease, _ = link.lease()
         code = server.core.codec.encode(np.ones(N, "float32"))
@@ -58,13 +59,12 @@ def test_what_serve_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
 def test_serve_stops_on_sigterm_and_goes_on(tmp_path: Path) -> None:
     """A process of its own: a push, SIGTERM, a second process that knows it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        at = f"127.0.0.1:{free.getsockname()[1]}"
     env = {**os.environ, "LATENT_LAB_SECRET": SECRET.decode()}
-    words = [sys.executable, "-m", "train.outer.watch", "--dir", str(tmp_path), "--listen", at]
-    link = Link(at, SECRET, "w", 60)
+    words = [sys.executable, "-m", "train.outer.watch", "--dir", str(tmp_path), "--listen", "127.0.0.1:0"]
     for round_ in (1, 2):
-        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+        found = next(m for line in process.stdout if (m := re.search(r"serving on (\S+),", line)))
+        link = Link(found[1], SECRET, "w", 60)
         try:
             link.join(TERMS, IDENTITY, THETA)
             lease, theta = link.lease()
@@ -74,4 +74,5 @@ def test_serve_stops_on_sigterm_and_goes_on(tmp_path: Path) -> None:
         finally:
             link.close()
             process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0
+            assert process.wait(60) == 0
+            process.stdout.close()

@@ -164,13 +164,13 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def command(
-    *words: object, cwd: Path, ranks: int = 0, timeout: float = 400
+    *words: object, cwd: Path, ranks: int = 0, timeout: float = 1800, script: Path = PRETRAIN
 ) -> subprocess.CompletedProcess[str]:
     """Run `train/pretrain.py` as a user would; ranks > 0: under torchrun."""
     launcher = [sys.executable]
     if ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    full = [*launcher, str(PRETRAIN), *map(str, words)]
+    full = [*launcher, str(script), *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(full, cwd=cwd, env=environment(), start_new_session=True, **pipes)
     try:

@@ -46,7 +46,7 @@ def tables(parts: list[int], world: World) -> dict[str, Tensor]:
 def results(rank: int, store: Path) -> dict[str, Tensor]:
     """Of two workers of one rank each, and of one worker of two ranks."""
     torch.set_num_threads(1)
-    where = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=120)}
+    where = {"rank": rank, "world_size": 2, "timeout": timedelta(seconds=600)}
     dist.init_process_group("gloo", init_method=f"file://{store}", **where)
     try:
         launch, out = World(rank, 2), {}

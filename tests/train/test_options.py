@@ -87,6 +87,29 @@ def test_batch_warmup_takes_every_sample_once_and_counts_tokens(request_of) -> N
     assert plan.before(done.state.step - 1) * 32 < 640 <= done.state.tokens
 
 
+@pytest.mark.parametrize("sets", [(), ("run.batch_warmup={from: 2, steps: 6}",)], ids=["constant", "warm-up"])
+def test_any_number_of_ranks_sees_the_same_tokens_in_the_same_order(request_of, sets) -> None:
+    """So a run may change its ranks at any step: 2 -> 1 -> 2 is the order of the straight run."""
+    from train.feed import Feed
+    from train.stage import prepare
+    from train.world import World
+
+    request = request_of("run", "run.batch=8", *sets)
+    stage = prepare(request, request.archs[0], World())
+
+    def tokens(steps: range, size: int) -> list[torch.Tensor]:
+        feeds = [Feed(stage.view, stage.config.run, World(rank, size)) for rank in range(size)]
+        out = [torch.cat([m.tokens for feed in feeds for m in feed.micros(s)]) for s in steps]
+        for feed in feeds:
+            feed.close()
+        return out
+
+    straight = tokens(range(12), 1)
+    changing = [*tokens(range(3), 2), *tokens(range(3, 7), 1), *tokens(range(7, 12), 2)]
+    assert all(torch.equal(a, b) for a, b in zip(straight, changing, strict=True))
+    assert len({t.numpy().tobytes() for t in straight}) == 12
+
+
 # ----------------------------------------------------------------------------- guard, NaN, replay
 
 

@@ -29,7 +29,7 @@ def test_the_table_is_live_until_the_run_ends(tmp_path, capsys) -> None:
         record(run, 7)
         time.sleep(0.2)
         assert watching.is_alive()
-    watching.join(20)
+    watching.join(60)
     assert not watching.is_alive()
     assert "7/9" in capsys.readouterr().out
     assert main(["status", str(run), "--watch"]) == 0  # nothing is running: once, and done

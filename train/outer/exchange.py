@@ -68,9 +68,9 @@ class Meeting:
 
     def exchange(self, rank: int, parts: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
         self._slots[rank] = list(parts)
-        self._barrier.wait(60)
+        self._barrier.wait(600)
         slots = list(self._slots)
-        self._barrier.wait(60)
+        self._barrier.wait(600)
         return slots
 
 
