@@ -304,9 +304,7 @@ class _Mermaid:
             self.box(f"heads.{name}", last, self.sites[f"heads.{name}"])
         return "\n".join(self.lines) + "\n"
 
-    def box(
-        self, text: str, after: str, site: Site | None = None, indent: str = "  ", edge: str = "-->"
-    ) -> str:
+    def box(self, text: str, after: str, site: Site | None = None, indent: str = "  ") -> str:
         """A node after another one; the name of the new node."""
         node = f"n{self.count}"
         self.count += 1

@@ -83,7 +83,7 @@ class ParamReader(ABC):
                 out[key] = self.value(known[key].type, child, at)
         return {key: value for key, value in out.items() if value is not FAIL}
 
-    def named(self, registry: Registry, node: Yaml) -> tuple[str, Yaml, Mark] | str:
+    def named(self, node: Yaml) -> tuple[str, Yaml, Mark] | str:
         """`name` or `{name: params}`: the name, its parameters and its place; or what was given instead."""
         if isinstance(node.value, str):
             return node.value, Yaml({}, node.mark), node.mark
@@ -98,7 +98,7 @@ class ParamReader(ABC):
             return self.fail(node, path, f"want a list of blocks, got {node.show()}")
         out: list[Any] = []
         for i, child in enumerate(node.value):
-            at, found = f"{path}[{i}]", self.named(BLOCKS, child)
+            at, found = f"{path}[{i}]", self.named(child)
             if isinstance(found, str):
                 out.append(self.fail(child, at, f"want one block, `name` or `name: {{...}}`, got {found}"))
                 continue

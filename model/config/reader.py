@@ -278,7 +278,7 @@ class Reader(ParamReader):
         registry = CHOICES[kind]
         if node.value is None and kind is QuantSpec:
             node = Yaml("none", node.mark)
-        found = self.named(registry, node)
+        found = self.named(node)
         if isinstance(found, str):
             want = f"want one {registry.kind}, `name` or `name: {{...}}`"
             return self.fail(node, path, f"{want}, got {found}")

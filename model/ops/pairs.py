@@ -25,8 +25,7 @@ EPSILON = 1e-6  # r P + M (1 - r) / 2 may fall just short of a whole number in f
 
 
 def window_length(length: Tensor, T_w: int) -> Tensor:
-    """Window of rows of `length` [B]: the last T_w, one more if the memory would be odd; all of a short
-    row."""
+    """Window of rows of `length` [B]: the last T_w, one more if the memory would be odd; short rows whole."""
     memory = (length - T_w).clamp_min(0)
     return length - memory + memory % 2
 
@@ -67,8 +66,10 @@ class PairMerge(nn.Module):
 
 
 def attention_paid(q: Tensor, k: Tensor, scale: float, there: Tensor) -> Tensor:
-    """Softmax over pairs, fp32 (fp64 for fp64) [B, H, W, P]; there bool [B, 1 or W, P]. Rows with no pair
-    are of no meaning."""
+    """Softmax over pairs, fp32 (fp64 for fp64) [B, H, W, P]; there bool [B, 1 or W, P].
+
+    Rows with no pair are of no meaning.
+    """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
         logits = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale
@@ -98,8 +99,7 @@ def expand(pairs: Tensor, compressed: Tensor, selected: Tensor, gate: Tensor | N
     """Originals where selected, the compressed vector elsewhere, on the grid of places.
 
     pairs [B, ..., P, 2, d], compressed [B, ..., P, d], selected bool [B, P] -> [B, ..., 2P, d]; the second
-    place of
-    a pair that is not selected holds nothing of use (`places` leaves it out).
+    place of a pair that is not selected holds nothing of use (`places` leaves it out).
     gate: [B, P] in place of the hard 0 / 1, for straight-through scores.
     """
     shape = (selected.shape[0], *(1,) * (compressed.dim() - 3), selected.shape[1], 1)
@@ -117,8 +117,10 @@ def places(selected: Tensor, there: Tensor) -> Tensor:
 
 
 def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather index int64 [B, S] of the kept places of [B, N], in order, and mask bool [B, S]; S the most of
-    any row."""
+    """Gather index int64 [B, S] of the kept places of [B, N], in order, and mask bool [B, S].
+
+    S is the most that any row keeps.
+    """
     counts = keep.sum(1)
     S = int(counts.max()) if counts.numel() else 0
     order = (~keep).long().argsort(dim=1, stable=True)[:, :S]
@@ -126,8 +128,7 @@ def compact(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def straight_through(scores: Tensor, selected: Tensor, there: Tensor) -> Tensor:
-    """[B, P] whose value is the hard selection and whose gradient is that of sigmoid(log-score minus its
-    cut).
+    """[B, P]: the hard selection, with the gradient of sigmoid(log-score minus its cut).
 
     The cut lies halfway between the last pair selected and the first one left out.
     """
@@ -179,8 +180,10 @@ def _opened(q: Tensor, merged_k: Tensor, far: Tensor, scale: float, r: float, M:
 
 
 def _pair_of(key_at: Places, ends: Places) -> Tensor:
-    """int64 [B, S]: the index of each key's pair among `ends`, which stand in order; of no meaning for a key
-    whose pair is not there."""
+    """int64 [B, S]: the index of each key's pair among `ends`, which stand in order.
+
+    Of no meaning for a key whose pair is not there.
+    """
     stride = 1 << 40  # places in a document, which is what tells segments apart
 
     def code(segments: Tensor, positions: Tensor) -> Tensor:

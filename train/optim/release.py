@@ -24,10 +24,8 @@ class Release:
         self.optimizer: Any = optimizer
         self._done: set[str] = set()
         self._squares: list[Tensor] = []
-        self._handles = [
+        for name, p in named_parameters(optimizer):
             p.register_post_accumulate_grad_hook(partial(self._update, name))
-            for name, p in named_parameters(optimizer)
-        ]
 
     def begin(self) -> None:
         """Before the backward pass of a step; the learning rates are set by then."""
@@ -50,7 +48,3 @@ class Release:
         self._squares.append(p.grad.float().square().sum())
         self.optimizer.step(param=p)
         p.grad = None
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()

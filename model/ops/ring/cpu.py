@@ -25,7 +25,7 @@ def ring_cpu(
     B, T, H, P = x.shape
     G, N = b.shape[2:]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    runs = _runs(at, stride, whole=state is None) if x.numel() else None
+    runs = _runs(at, stride) if x.numel() else None
     if runs is None or runs.start.shape[1] == 0:
         same = None if state is None else RingState(*(t.clone() for t in state))
         return x.new_zeros(B, T, H, P, dtype=wide), same
@@ -52,8 +52,8 @@ def ring_flops(T: int, H: int, P: int, G: int, N: int, slots: int, stride: int) 
 class _Runs(NamedTuple):
     """start, number of the segment, first place in it, length: each [B, C]; used [B, C] bool.
 
-    of [B, T]: run of each token, and place [B, T] in it; tokens [B, C, Q]: indices of each
-    run's, inside [B, C, Q].
+    of [B, T]: run of each token, and place [B, T] in it; real [B, T]: not padding. tokens [B, C, Q]: indices
+    of each run's, inside [B, C, Q]: which of them are the run's. finished [B, C]: the segment ends with it.
     """
 
     start: Tensor
@@ -69,7 +69,7 @@ class _Runs(NamedTuple):
     finished: Tensor
 
 
-def _runs(at: Places, stride: int, whole: bool) -> _Runs:
+def _runs(at: Places, stride: int) -> _Runs:
     positions, segments = at
     B, T = positions.shape
     real = segments >= 0
@@ -111,9 +111,8 @@ def _write(runs: _Runs, x: Tensor, log_a: Tensor, b: Tensor, start: RingState) -
     weighted = (xr * tail.exp()[..., None]).unflatten(3, (G, -1))
     written = torch.einsum("bcqgn,bcqgrp->bcgrnp", br, weighted).flatten(2, 3)
     keys = br.sum(2)
-    goes_on = (runs.first[:, :1] > 0) & runs.used[
-        :, :1
-    ]  # only a row's first run can be a segment's second part
+    # Only a row's first run can be a segment's second part.
+    goes_on = (runs.first[:, :1] > 0) & runs.used[:, :1]
     kept = (ar[:, 0].sum(1).exp() * goes_on)[..., None, None]
     first = written[:, :1] + (kept * start.open.to(kept.dtype))[:, None]
     first_key = keys[:, :1] + (goes_on[..., None] * start.open_key.to(kept.dtype))[:, None]

@@ -49,7 +49,7 @@ def sparsek_reference(
         rows.append(torch.stack(ys) if ys else q.new_zeros(0, H, v.shape[-1]))
         ends.append((tokens, seen))
     y = torch.stack(rows)
-    return y, None if state is None else _pack(start, ends, sizes)
+    return y, None if state is None else _pack(start, ends)
 
 
 def _insert(far: list, token: tuple[Tensor, Tensor, Tensor], slots: int) -> None:
@@ -101,16 +101,13 @@ def _unpack(state: SparseKState, b: int, g: int, sizes: Sizes) -> tuple[list, li
     ]
 
 
-def _pack(like: SparseKState, ends: list, sizes: Sizes) -> SparseKState:
+def _pack(like: SparseKState, ends: list) -> SparseKState:
     def table(part: int, which: int, old: Tensor) -> Tensor:
         rows = []
         for tokens, _ in ends:
             groups = []
             for far, near in tokens:
-                if part == 0:
-                    values = [x[which] for x in far]
-                else:
-                    values = [x[which] for x in near]
+                values = [x[which] for x in (near if part else far)]
                 blank = [old.new_zeros(old.shape[3:])] * (old.shape[1] - len(values))
                 values = [*values, *blank] if part == 0 else [*blank, *values]
                 groups.append(torch.stack([x.to(old.dtype) for x in values]) if values else old[0, :, 0])
