@@ -256,11 +256,12 @@ def test_a_signal_saves_and_ends(here, data, number, code) -> None:
     )
     metrics = here / "runs" / "tiny" / "metrics.jsonl"
     try:
-        deadline = time.monotonic() + 90
-        while not (metrics.is_file() and '"train"' in metrics.read_text()) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 600
+        while not (metrics.is_file() and '"train"' in metrics.read_text()):
+            assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
         process.send_signal(number)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=600)
     finally:
         process.kill()
         process.wait()
@@ -301,14 +302,6 @@ def test_a_second_process_in_the_folder_is_refused(here, data, capsys) -> None:
         assert run("--arch", "tiny.yaml", "--data", data) == 2
     assert "another process" in capsys.readouterr().err
     assert not (here / "runs" / "tiny" / "config.yaml").exists()
-
-
-def test_wandb_offline_follows_in_a_process_of_its_own(here, data) -> None:
-    assert run("--arch", "tiny.yaml", "--data", data, "--set", "wandb=offline") == 0
-    folder = here / "runs" / "tiny"
-    written = list(folder.rglob("run-*.wandb"))
-    assert written and written[0].stat().st_size > 0, (folder / "wandb.log").read_text()
-    assert "wandb" not in sys.modules  # neither imported nor waited for
 
 
 def test_a_broken_wandb_costs_the_training_nothing(here, data, monkeypatch) -> None:
