@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from model.ops.attention import backward
 from model.ops.attention.places import Places, resolve, visible
 from model.ops.documents import Documents
 
@@ -79,6 +80,8 @@ def _sdpa(
     if sinks is not None:
         return _sdpa_with_sinks(q, k, v, scale, mask, sinks)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if backward.serves(q, k, mask):
+        return backward.attention(q, k, v, mask, scale).transpose(1, 2)
     gqa = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
     return y.transpose(1, 2)
