@@ -1,7 +1,7 @@
 """`make study-diloco`: the DiLoCo family in miniature, on real text and a virtual clock.
 
 Four unequal workers (0.58, 0.75, 1.51 and 3.33 s a step, the speeds of the Async DiLoCo notebook) train a
-samba of 0.4M parameters, about 0.8M tokens an arm, H = 20:
+samba of 0.4M parameters, about 0.5M tokens an arm, H = 20:
 
     single       one worker, batch b, four times the steps          same data, one after another
     batch        one worker, batch 4b                               data parallel
@@ -246,7 +246,7 @@ def plot(arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.diloco.study", description=SUMMARY)
-    parser.add_argument("--steps", type=int, default=400, help="steps of a worker (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=250, help="steps of a worker (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds per arm (default %(default)s)")
     parser.add_argument("--only", choices=ARMS, nargs="*", default=list(ARMS), help="arms (default: all)")
     parser.add_argument("--lr", type=float, nargs="*", default=list(LRS), help="inner learning rates")
