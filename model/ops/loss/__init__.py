@@ -5,6 +5,7 @@ Shape legend: N tokens  D model width  V vocabulary  R rows of a chunk
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ __all__ = ["IGNORE", "KINDS", "TokenLoss", "linear_argmax", "linear_cross_entrop
 IGNORE = -100
 MIN_ROWS = 1024  # smaller chunks cost time: the weight gradient is read and written once a chunk
 CHUNK_LOGITS = 1 << 24  # logits of a chunk when the vocabulary is small: 64 MiB in fp32
+TILE_LOGITS = 1 << 19  # logits between two matmuls are worked on in tiles of 2 MiB, which a cache holds
 CE = TokenLoss()
 
 
@@ -190,18 +192,21 @@ class _SumLoss(torch.autograd.Function):
         with _no_autocast(h):
             for i in range(0, h.shape[0], rows):
                 part = slice(i, i + rows)
-                logits = _logits(x[part], w, bias)
-                found = _chunk_losses(logits, targets[part], scale[part], form)
-                total += found.loss.sum()
-                plain += found.ce.sum()
-                slope = _into_slope(logits, found, targets[part], scale[part], form)
-                if grad_bias is not None:
-                    grad_bias += slope.sum(0)
-                slope = slope.to(x.dtype)
+                slopes = torch.mm(x[part], w.t())  # still logits: a tile at a time becomes slopes
+                for tile, t in _tiles(slopes, targets[part], scale[part]):
+                    logits = tile.to(work)
+                    logits = logits if bias is None else logits.add_(bias)
+                    found = _chunk_losses(logits, *t, form)
+                    total += found.loss.sum()
+                    plain += found.ce.sum()
+                    slope = _into_slope(logits, found, *t, form)
+                    if grad_bias is not None:
+                        grad_bias += slope.sum(0)
+                    tile.copy_(slope)
                 if grad_h is not None:
-                    grad_h[part] = slope @ w
+                    grad_h[part] = slopes @ w
                 if grad_weight is not None:
-                    _add_product(grad_weight, slope, x[part])
+                    _add_product(grad_weight, slopes, x[part])
         ctx.save_for_backward(grad_h, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(plain)
@@ -218,6 +223,13 @@ class _SumLoss(torch.autograd.Function):
             None if grad_bias is None else (grad_bias * grad).to(bias_dtype),
             *(None,) * 4,
         )
+
+
+def _tiles(logits: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+    """(logits [r, V], the same r of everything else [R]); views."""
+    r = max(16, TILE_LOGITS // max(1, logits.shape[1]))
+    for i in range(0, logits.shape[0], r):
+        yield logits[i : i + r], tuple(x[i : i + r] for x in rows)
 
 
 def _into_slope(logits: Tensor, found: _Chunk, targets: Tensor, scale: Tensor, form: TokenLoss) -> Tensor:
