@@ -193,13 +193,13 @@ class _SumLoss(torch.autograd.Function):
             for i in range(0, h.shape[0], rows):
                 part = slice(i, i + rows)
                 slopes = torch.mm(x[part], w.t())  # still logits: a tile at a time becomes slopes
-                for tile, t in _tiles(slopes, targets[part], scale[part]):
+                for tile, wanted, weigh in _tiles(slopes, targets[part], scale[part]):
                     logits = tile.to(work)
                     logits = logits if bias is None else logits.add_(bias)
-                    found = _chunk_losses(logits, *t, form)
+                    found = _chunk_losses(logits, wanted, weigh, form)
                     total += found.loss.sum()
                     plain += found.ce.sum()
-                    slope = _into_slope(logits, found, *t, form)
+                    slope = _into_slope(logits, found, wanted, weigh, form)
                     if grad_bias is not None:
                         grad_bias += slope.sum(0)
                     tile.copy_(slope)
@@ -225,11 +225,10 @@ class _SumLoss(torch.autograd.Function):
         )
 
 
-def _tiles(logits: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-    """(logits [r, V], the same r of everything else [R]); views."""
-    r = max(16, TILE_LOGITS // max(1, logits.shape[1]))
-    for i in range(0, logits.shape[0], r):
-        yield logits[i : i + r], tuple(x[i : i + r] for x in rows)
+def _tiles(logits: Tensor, targets: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The same rows of logits [R, V], targets and scale [R]: views."""
+    rows = max(16, TILE_LOGITS // max(1, logits.shape[1]))
+    return zip(logits.split(rows), targets.split(rows), scale.split(rows))
 
 
 def _into_slope(logits: Tensor, found: _Chunk, targets: Tensor, scale: Tensor, form: TokenLoss) -> Tensor:
