@@ -152,7 +152,7 @@ def evaluate(
     config, lm = source.config, model.load(source.path)
     if averaged:
         ema.load_into(lm, source.path)
-    step = checkpoint.verify(source.path)
+    step = 0 if checkpoint.is_weights_alone(source.path) else checkpoint.verify(source.path)
     context = config.run.context
     packing = config.run.packing
     rows, long = (
@@ -206,8 +206,14 @@ def task_table(spec: str, scores: dict[str, Any]) -> Table:
         table.add_column(title, justify="right")
     for name, row in rows.items():
         cells = (row.get(c, "") for c in columns)
-        table.add_row(name, *(f"{c:.3f}" if isinstance(c, float) else f"{c:,}" for c in cells if c != ""))
+        table.add_row(name, *(_cell(c) for c in cells))
     return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def parser() -> argparse.ArgumentParser:

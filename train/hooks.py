@@ -17,6 +17,7 @@ from train import checkpoint, optim, replay
 from train.feed import Micro
 from train.guard import NOT_FINITE
 from train.heldout import Scores, evaluate
+from train.loop import due
 from train.meter import StepResult
 from train.metrics import Log
 from train.sampling import sample
@@ -163,10 +164,6 @@ class RunHooks:
 
     def stopping(self) -> bool:
         return self.world.any(self.signals.caught is not None)
-
-
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def train_line(means: dict[str, Any], lr: float, state: TrainState) -> str:

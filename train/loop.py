@@ -62,9 +62,9 @@ def fit(state: TrainState, data: Feed, hooks: Hooks, config: Config, world: Worl
             state.nowcast.maybe_jump(state, hooks.score)
         hooks.after_step(state, _timed(result, began))
         ended = state.outer.finished(state)
-        if ended or _due(state.step, run.eval_every):
+        if ended or due(state.step, run.eval_every):
             hooks.evaluate(state)  # may find a plateau, and bring the end nearer
-        if _due(state.step, run.save_every) and not ended:
+        if due(state.step, run.save_every) and not ended:
             hooks.save(state)
         if state.outer.agree(hooks.stopping()) and not state.outer.finished(state):
             hooks.save(state)
@@ -184,5 +184,6 @@ def _timed(result: StepResult, began: float) -> StepResult:
     return replace(result, seconds=time.perf_counter() - began)
 
 
-def _due(step: int, every: int) -> bool:
+def due(step: int, every: int) -> bool:
+    """Whether something happens after `step`; every 0: never."""
     return every > 0 and step % every == 0

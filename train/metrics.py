@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -78,15 +78,16 @@ def rewind(run: Path, step: int | None) -> None:
 class Log:
     """Records of one run, on rank 0 alone; the other ranks' calls do nothing.
 
-    run: the folder, or None to print only (a dry run).
+    run: the folder, or None to print only (a dry run). The file is opened by the first record, so `rewind`
+    may still put another in its place after the log is made.
     """
 
     def __init__(
         self, run: Path | None, main: bool, total: int, wandb: str = "off", quiet: bool = False
     ) -> None:
         self.main = main
-        self._file = open(run / FILE, "a", encoding="utf-8") if main and run else None  # noqa: SIM115
-        self._path = run / FILE if run else None
+        self._path = run / FILE if main and run else None
+        self._file: TextIO | None = None
         self.console = Console(quiet=quiet or not main, highlight=False)
         self._bar: Progress | None = None
         if self.console.is_terminal and main:
@@ -102,14 +103,16 @@ class Log:
 
     def write(self, kind: str, step: int, **fields: Any) -> None:
         """Append one record. Raises DiskFull."""
-        if self._file is None:
+        if self._path is None:
             return
         record = plain({"kind": kind, "step": step, **fields, "time": round(time.time(), 3)})
         try:
+            if self._file is None:
+                self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         except OSError as error:
-            if is_disk_full(error) and self._path:
+            if is_disk_full(error):
                 raise disk_full(self._path) from error
             raise
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -51,7 +51,10 @@ def keep(
                 f"{i}/{k}": v.detach().cpu().contiguous().clone() for k, v in parts.items() if v is not None
             }
         total = {"progress": str((state.step - 1) / state.schedule.total), "loss": str(result.loss)}
-        save_file(tensors, root / f"step_{step:08d}.{world.rank}.safetensors", metadata=total)
+        file = root / f"step_{step:08d}.{world.rank}.safetensors"
+        partial = file.with_suffix(".partial")
+        save_file(tensors, partial, metadata=total)
+        partial.replace(file)
     return root
 
 
@@ -121,8 +124,11 @@ def run_step(
 def _read(path: Path) -> tuple[list[Micro], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"{path}: the batch of that step is missing")
-    with safe_open(path, "pt") as file:
-        meta, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            meta, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
     micros = []
     for i in range(1 + max(int(k.split("/")[0]) for k in tensors)):
         tokens = tensors[f"{i}/tokens"]

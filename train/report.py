@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from dataset.files import write_bytes
 from train.errors import UserError
+from train.guard import NOT_FINITE
 from train.metrics import FILE, read
 from train.page import page
 
@@ -123,7 +124,9 @@ def happenings(histories: Sequence[History]) -> list[str]:
                     f"- {h.name}: plateau at step {e['step']}, held-out loss fell by {e['drop']:.5f} nats"
                 )
             elif e["event"] == "skip":
-                lines.append(f"- {h.name}: step {e['step']} skipped, not finite")
+                why = e.get("reason", NOT_FINITE)
+                what = "not finite" if why == NOT_FINITE else f"{why} far above those before"
+                lines.append(f"- {h.name}: step {e['step']} skipped, {what}")
     return ["## What happened", "", *lines, ""] if lines else []
 
 
