@@ -111,7 +111,8 @@ class EmbedConfig:
     project: model width behind a trained linear map, when the pretrained rows are of another width;
              must equal `dim`.
     tied:    logits are read off the same table (through the same linear map).
-    scale:   factor on the embedding; None: 1, or for pretrained rows the one that gives them unit RMS.
+    scale:   factor on the embedding; None: 1, or for pretrained rows the one that gives them RMS
+             1/sqrt(dim), so that tied logits of a normalised state start with unit variance.
     vq:      rows are put together from codes, see `TableVQ`; None: every row is stored.
     """
 

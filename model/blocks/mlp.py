@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks._gate import HeadGate, gated
-from model.core import Block, Cost, Ctx, Docs, State, Step, docs_of
+from model.core import Block, Cost, Ctx, State, Step, docs_of
+from model.ops.shift import last_token, token_before
 from model.registry import block
 
 MULT = {"swiglu": 8 / 3, "gelu": 4.0, "relu2": 4.0, "rwkv": 3.5}
@@ -96,27 +97,3 @@ class MLP(Block):
     def cost(self, T: int) -> Cost:
         """No FLOPs beyond the Linears'; rwkv keeps one token."""
         return Cost(state_fixed=self.dim * self.up_proj.weight.element_size() if self.act == "rwkv" else 0.0)
-
-
-def token_before(x: Tensor, state: Tensor | None, docs: Docs | None) -> Tensor:
-    """[B, T, D]: the token before each one in its document; `state` [B, D], or 0, before the first."""
-    before = torch.zeros_like(x[:, :1]) if state is None else state[:, None].to(x.dtype)
-    shifted = torch.cat([before, x], dim=1)[:, :-1]
-    if docs is None or x.shape[1] == 0:
-        return shifted
-    starts = (docs.positions == 0)[..., None]
-    goes_on = (docs.segments == docs.first_segment()[:, None])[..., None]
-    return torch.where(starts, before * goes_on, shifted)
-
-
-def last_token(x: Tensor, state: Tensor, docs: Docs | None) -> Tensor:
-    """[B, D]: the last token that is not padding, in the state's dtype; `state` where there is none."""
-    T = x.shape[1]
-    if T == 0:
-        return state.clone()
-    if docs is None or not docs.padded:
-        return x[:, -1].to(state.dtype, copy=True)
-    index = torch.arange(T, device=x.device)
-    last = torch.where(docs.segments >= 0, index, -1).amax(1)
-    token = x.gather(1, last.clamp_min(0)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
-    return torch.where((last >= 0)[:, None], token.to(state.dtype), state)

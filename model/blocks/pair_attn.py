@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from model.blocks._heads import GroupedHeads
-from model.blocks.mlp import last_token, token_before
 from model.core import Cost, Ctx, Docs, State, Step, docs_of, fork, rotary_positions
 from model.ops.attention.cache import Cache, FixedKV, doubled, empty_cache, extend
 from model.ops.attention.places import Places, resolve
 from model.ops.pairs import PairMerge, attend_pairs, compact, selected_count
+from model.ops.shift import last_token, token_before
 from model.registry import block
 
 

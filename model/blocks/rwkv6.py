@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from model.blocks._gate import gated, head_gate
 from model.blocks._linear import count_heads, heads_of_width, share
-from model.blocks.mlp import last_token, token_before
 from model.core import Block, Cost, Ctx, Step, at_least_fp32, docs_of
 from model.ops.linear import gla_flops, rwkv6
+from model.ops.shift import last_token, token_before
 from model.registry import block
 
 STREAMS = 5  # r, w, k, v, g: what the data-dependent token shift mixes for

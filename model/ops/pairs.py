@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from model.ops.attention.places import Places, visible
+from model.ops.dtypes import at_least_fp32
 
 EPSILON = 1e-6  # r P + M (1 - r) / 2 may fall just short of a whole number in floating point
 
@@ -70,7 +71,7 @@ def attention_paid(q: Tensor, k: Tensor, scale: float, there: Tensor) -> Tensor:
 
     Rows with no pair are of no meaning.
     """
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = at_least_fp32(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         logits = (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale
         return logits.masked_fill(~there[:, None], torch.finfo(logits.dtype).min).softmax(-1)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.ops.dtypes import at_least_fp32
+
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, T, H, K] by tables [B or 1, T, 1, K/2], in the tables' precision; returns x.dtype."""
@@ -23,7 +25,7 @@ def rope_tables(positions: Tensor, width: int, theta: float, dtype: torch.dtype)
     """
     if width % 2:
         raise ValueError(f"RoPE turns pairs of channels: the head width must be even, got {width}")
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    dtype = at_least_fp32(dtype)
     powers = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
     angle = positions[:, :, None, None].to(dtype) * (theta**-powers).to(dtype)
     return angle.cos(), angle.sin()

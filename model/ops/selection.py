@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.ops.dtypes import at_least_fp32
+
 
 class Selector(nn.Module):
     """s = w . rms(x); a token is chosen when s exceeds a moving average of the scores' (1 - keep)-quantile.
@@ -44,7 +46,7 @@ class Selector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> scores [B, T], in fp32 or fp64."""
         with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+            wide = x.to(at_least_fp32(x.dtype))
             normed = F.rms_norm(wide, wide.shape[-1:], eps=1e-6)
             return F.linear(normed, self.score.weight.to(wide.dtype))[..., 0]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from model.core import Aux, Bottleneck, Cost, Ctx, Docs, Entered, Step, at_least_fp32, docs_of, positions_of
 from model.ops.linear import gla
+from model.ops.shift import last_token, token_before
 from model.registry import wrap
 from model.wraps.kept import Counts, Kept, keep_tokens, no_counts
 
@@ -95,7 +96,7 @@ class Chunk(Bottleneck):
             code = torch.cat([code, self.pad.to(x.dtype).expand(*code.shape[:2], -1)], dim=-1)
         after = None
         if state is not None and kept.counts is not None:
-            after = ChunkState(kept.counts, self._last(x, state, docs), state.smooth)
+            after = ChunkState(kept.counts, last_token(x, state.last, docs), state.smooth)
         return Entered(
             code, kept.ctx, Saved(x, p, boundary, start, kept), after, self._aux(p, boundary, tokens)
         )
@@ -128,26 +129,10 @@ class Chunk(Bottleneck):
         """[B, T]: how unlike the token before each token is, in [0, 1]; of a document's first, anything."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(at_least_fp32(x.dtype))
-            before = F.pad(x, (0, 0, 1, 0))[:, : x.shape[1]]
-            if state is not None and x.shape[1]:
-                first = torch.zeros_like(x[..., 0], dtype=torch.bool)
-                if docs is None:
-                    first[:, 0] = True
-                else:  # padding may stand between a document's tokens of the last call and of this one
-                    first = (docs.positions == 0) & (docs.segments == docs.first_segment()[:, None])
-                before = torch.where(first[..., None], state.last[:, None].to(x.dtype), before)
+            before = token_before(x, None if state is None else state.last, docs)
             q = F.linear(before, self.q_proj.weight.to(x.dtype))
             k = F.linear(x, self.k_proj.weight.to(x.dtype))
             return (0.5 - 0.5 * F.cosine_similarity(q, k, dim=-1, eps=1e-6)).clamp(0, 1)
-
-    def _last(self, x: Tensor, state: ChunkState, docs: Docs | None) -> Tensor:
-        if x.shape[1] == 0:
-            return state.last.clone()
-        if docs is None:
-            return x[:, -1].to(state.last.dtype, copy=True)
-        at = docs.last_places()[:, None, None].expand(-1, 1, self.dim)
-        last = x.gather(1, at)[:, 0].to(state.last.dtype)
-        return torch.where(docs.tokens.any(1)[:, None], last, state.last)
 
     def _smooth(self, code: Tensor, saved: Saved, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The moving average over chunks [B, N, D], in fp32 at least, and the state after it."""

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from model.ops.attention import backward
 from model.ops.attention.places import Places, resolve, visible
 from model.ops.documents import Documents
+from model.ops.dtypes import at_least_fp32
 
 MIN_BLOCK = 64  # below this the matmuls are too small to pay for the batch dimension
 
@@ -184,7 +185,7 @@ def _index_mask(
 
 def _bias_dtype(dtype: torch.dtype) -> torch.dtype:
     """Distances beyond 256 do not survive bf16; SDPA takes an fp32 bias with any queries."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return at_least_fp32(dtype)
 
 
 def attention_flops(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.ops.attention.places import Places, resolve, visible
 from model.ops.documents import Documents
+from model.ops.dtypes import at_least_fp32
 
 
 def attend_reference(
@@ -32,7 +33,7 @@ def attend_reference(
     A learned sink is one more logit in the denominator that carries no value.
     """
     at, key_at = resolve(q, k, docs, at, key_at)
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    work = at_least_fp32(q.dtype)
     group = q.shape[2] // k.shape[2]
     keys, values = (x.to(work).repeat_interleave(group, dim=2) for x in (k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale

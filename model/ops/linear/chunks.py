@@ -20,11 +20,6 @@ from torch import Tensor
 from model.ops.documents import Documents
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of decays, sums and states for inputs of `dtype`: fp32, or fp64 for fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def operand(dtype: torch.dtype) -> torch.dtype:
     """The dtype of matmul operands for inputs of `dtype`: fp16 has too little range for sums of decays."""
     return dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32

@@ -19,7 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.ops.linear.chunks import Chunks, wide
+from model.ops.dtypes import at_least_fp32
+from model.ops.linear.chunks import Chunks
 
 NARROW_CHUNK, NARROW_LIMIT = 64, -60.0
 EXACT_CHUNK, EXACT_FLOOR = 32, -40.0
@@ -36,8 +37,8 @@ def is_narrow(g: Tensor, floor: float | None = None) -> bool:
     if g.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     whole = g.shape[1] - g.shape[1] % NARROW_CHUNK
-    chunks = g.detach()[:, :whole].unflatten(1, (-1, NARROW_CHUNK)).sum(2, dtype=wide(g.dtype))
-    rest = g.detach()[:, whole:].sum(1, dtype=wide(g.dtype))
+    chunks = g.detach()[:, :whole].unflatten(1, (-1, NARROW_CHUNK)).sum(2, dtype=at_least_fp32(g.dtype))
+    rest = g.detach()[:, whole:].sum(1, dtype=at_least_fp32(g.dtype))
     return all(part.numel() == 0 or part.amin().item() >= NARROW_LIMIT for part in (chunks, rest))
 
 

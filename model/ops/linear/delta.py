@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from model.ops.documents import Documents, zero_padding
-from model.ops.linear.chunks import Chunks, operand, wide
+from model.ops.dtypes import at_least_fp32
+from model.ops.linear.chunks import Chunks, operand
 from model.ops.linear.decay import EXACT_CHUNK, factors, running_sum
 
 DELTA_CHUNK = 64
@@ -46,7 +47,7 @@ def delta_chunked(
 ) -> tuple[Tensor, Tensor]:
     """o [B, T, H, V] and the state [B, H, K, V]; arguments as in `delta_rule`."""
     B, T, H, K = q.shape
-    acc = wide(v.dtype)
+    acc = at_least_fp32(v.dtype)
     if state is None:
         state = q.new_zeros(B, H, K, v.shape[-1], dtype=acc)
     if T == 0 or B == 0:

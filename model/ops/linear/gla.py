@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from model.ops.documents import Documents, zero_padding
-from model.ops.linear.chunks import Chunks, operand, wide
+from model.ops.dtypes import at_least_fp32
+from model.ops.linear.chunks import Chunks, operand
 from model.ops.linear.decay import EXACT_CHUNK, NARROW_CHUNK, factors, is_narrow, running_sum
 
 
@@ -42,7 +43,7 @@ def gla_chunked(
     exclusive: o_t reads the state before token t, without its decay and without the token itself.
     """
     B, T, H, K = q.shape
-    acc = wide(v.dtype)
+    acc = at_least_fp32(v.dtype)
     if state is None:
         state = q.new_zeros(B, H, K, v.shape[-1], dtype=acc)
     if T == 0 or B == 0:
@@ -75,7 +76,7 @@ def rwkv6_chunked(
     q, k, v, g = zero_padding(docs, q, k, v, g)
     o, last = gla_chunked(q, k, v, g, scale=scale, state=state, docs=docs, floor=floor, exclusive=True)
     with torch.autocast(q.device.type, enabled=False):
-        acc = wide(v.dtype)
+        acc = at_least_fp32(v.dtype)
         own = (q.to(acc) * (u * scale).to(acc) * k).sum(-1, keepdim=True)
         return torch.addcmul(o, own.to(v.dtype), v), last
 
@@ -123,10 +124,10 @@ def _parts(q: Tensor, k: Tensor, g: Tensor, layout: Chunks, exact: bool, exclusi
     cq = c - g if exclusive else c
     eq, ek = factors(cq, c, exact, q.dtype)
     if exact or layout.head is not None:
-        head = layout.at_head(cq, wide(q.dtype)).to(q.dtype)
+        head = layout.at_head(cq, at_least_fp32(q.dtype)).to(q.dtype)
     else:
         head = eq
-    tail = layout.to_tail(c, wide(q.dtype)).to(q.dtype)
+    tail = layout.to_tail(c, at_least_fp32(q.dtype)).to(q.dtype)
     return _Parts(c, eq, ek, q * eq, k * ek, head, tail)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.ops.documents import Documents, zero_padding
-from model.ops.linear.chunks import wide
+from model.ops.dtypes import at_least_fp32
 
 
 def recurrence(
@@ -39,7 +39,7 @@ def recurrence(
     u [H, K]: RWKV-6. Computed in `dtype`, by default fp32, or fp64 for fp64 inputs.
     """
     B, T, H, K = q.shape
-    dtype = dtype or wide(v.dtype)
+    dtype = dtype or at_least_fp32(v.dtype)
     S = q.new_zeros(B, H, K, v.shape[-1], dtype=dtype) if state is None else state.to(dtype, copy=True)
     if g is not None and g.dim() == 3:
         g = g[..., None]

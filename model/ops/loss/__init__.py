@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.ops.dtypes import at_least_fp32
 from model.ops.loss.forms import KINDS, TokenLoss
 
 __all__ = ["IGNORE", "KINDS", "TokenLoss", "linear_argmax", "linear_cross_entropy", "linear_token_loss"]
@@ -86,7 +87,7 @@ def _prepare(
         )
     if weights is not None and weights.shape != targets.shape:
         raise ValueError(f"weights must be [N] = {list(targets.shape)}, got {list(weights.shape)}")
-    kept = (targets != ignore).to(_work_dtype(h))
+    kept = (targets != ignore).to(at_least_fp32(h.dtype))
     scale = kept if weights is None else kept * weights.detach()
     safe = torch.where(targets == ignore, 0, targets)
     return safe, scale, chunk or max(MIN_ROWS, CHUNK_LOGITS // weight.shape[0])
@@ -112,10 +113,6 @@ def linear_argmax(h: Tensor, weight: Tensor, bias: Tensor | None = None, chunk: 
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=h.device)
 
 
-def _work_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
@@ -129,7 +126,7 @@ def _operands(h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[R, V] in fp32 or fp64, freshly made: the caller may write into it."""
-    logits = torch.mm(h, weight.t()).to(_work_dtype(h))
+    logits = torch.mm(h, weight.t()).to(at_least_fp32(h.dtype))
     return logits if bias is None else logits.add_(bias)
 
 

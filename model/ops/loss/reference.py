@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.ops.dtypes import at_least_fp32
 from model.ops.loss.forms import TokenLoss
 
 
@@ -24,7 +25,7 @@ def linear_cross_entropy_reference(
     reduction: str = "sum",
 ) -> Tensor:
     """See `linear_token_loss` and `forms`; differentiable in either reduction."""
-    work = torch.float64 if h.dtype == torch.float64 else torch.float32
+    work = at_least_fp32(h.dtype)
     logits = F.linear(h.to(work), weight.to(work), None if bias is None else bias.to(work))
     loss = F.cross_entropy(logits, targets, ignore_index=ignore, reduction="none")
     if form.kind == "mile":

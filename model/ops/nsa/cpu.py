@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops.attention.places import Places, visible
+from model.ops.dtypes import at_least_fp32
 from model.ops.nsa.grid import Grid
 
 SLICE = 256  # queries of a dense slice
@@ -56,10 +57,6 @@ def nsa_flops(T: int, heads: int, width: int, grid: Grid) -> int:
     )
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _softmax(logits: Tensor, seen: Tensor) -> Tensor:
     """Softmax over the last dimension of what is seen; a row that sees nothing is 0, and so its gradient."""
     logits = logits.masked_fill(~seen, torch.finfo(logits.dtype).min)
@@ -75,7 +72,7 @@ def _pooled(q: Tensor, pooled: Any, at: Places) -> tuple[Tensor, Tensor]:
     C, G = pooled.k.shape[1:3]
     if C == 0:
         return q.new_zeros(B, T, H, pooled.v.shape[-1]), q.new_zeros(B, G, T, 0)
-    wide = _wide(q.dtype)
+    wide = at_least_fp32(q.dtype)
     groups = q.to(wide).unflatten(2, (G, -1)) * K**-0.5
     logits = torch.einsum("btgrk,bcgk->bgrtc", groups, pooled.k.to(wide))
     weights = _softmax(logits, visible(at, pooled.at, None)[:, None, None])
@@ -129,7 +126,7 @@ def _gathered(
 ) -> Tensor:
     B, T, _, K = q.shape
     S, G = k.shape[1:3]
-    wide, n = _wide(q.dtype), chosen.shape[3] * grid.block
+    wide, n = at_least_fp32(q.dtype), chosen.shape[3] * grid.block
     step = max(1, ROOM // (B * G * n * K))
     row = torch.arange(B, device=q.device)[:, None, None, None]
     group = torch.arange(G, device=q.device)[:, None, None]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.ops.attention.places import Places
+from model.ops.dtypes import at_least_fp32
 from model.ops.nsa.grid import Grid
 
 
@@ -21,7 +22,7 @@ def nsa_reference(
     """See `nsa`. Sums in fp32, or fp64 for fp64 inputs; blocks are told by positions alone."""
     B, T, H, _ = q.shape
     G, V = k.shape[2], v.shape[-1]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = at_least_fp32(q.dtype)
     near, far = [], []
     for b in range(B):
         for t in range(T):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.ops.attention.places import Places
+from model.ops.dtypes import at_least_fp32
 from model.ops.ring.state import RingState
 
 
@@ -24,7 +25,7 @@ def ring_cpu(
     """See `ring_read`."""
     B, T, H, P = x.shape
     G, N = b.shape[2:]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = at_least_fp32(x.dtype)
     runs = _runs(at, stride) if x.numel() else None
     if runs is None or runs.start.shape[1] == 0:
         same = None if state is None else RingState(*(t.clone() for t in state))

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.ops.dtypes import at_least_fp32
+
 
 class RingState(NamedTuple):
     """Of each row's last document: its last R finished segments, right-aligned, and the open one.
@@ -28,7 +30,7 @@ class RingState(NamedTuple):
     @staticmethod
     def empty(like: Tensor, batch: int, slots: int, H: int, P: int, G: int, N: int) -> RingState:
         """fp32, or fp64 if `like` is."""
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        dtype = at_least_fp32(like.dtype)
         shapes = (slots, H, N, P), (slots, G, N), (H, N, P), (G, N)
         parts = [like.new_zeros(batch, *shape, dtype=dtype) for shape in shapes]
         return RingState._make([*parts, torch.zeros(batch, dtype=torch.int64, device=like.device)])

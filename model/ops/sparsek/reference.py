@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.ops.attention.places import Places
+from model.ops.dtypes import at_least_fp32
 from model.ops.sparsek.gates import Sizes, SparseKState
 
 
@@ -21,7 +22,7 @@ def sparsek_reference(
     """See `sparsek`. Sums in fp32, or fp64 for fp64 inputs."""
     B, T, H, _ = q.shape
     G = k.shape[2]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = at_least_fp32(q.dtype)
     start = SparseKState.empty(k, v, u, sizes) if state is None else state
     rows, ends = [], []
     for b in range(B):

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops.documents import Documents
+from model.ops.dtypes import at_least_fp32
 
 NOTHING = -1000.0  # exp of it is 0 in fp64 too; lower decays, -inf above all, would make sums inexact
 
@@ -43,7 +44,7 @@ def ssd_chunked(
     B, T, H, P = x.shape
     N, dtype = b.shape[3], x.dtype
     if T == 0 or B == 0:
-        wide = _wide(x.dtype)
+        wide = at_least_fp32(x.dtype)
         return x.clone(), x.new_zeros(B, H, N, P, dtype=wide) if state is None else state.to(wide, copy=True)
     if T == 1 and docs is None:
         return _one_step(x, log_a, b, c, state)
@@ -62,7 +63,7 @@ def ssd_chunked(
         log_a = F.pad(log_a, (0, 0, 0, ragged))
         segments = None if segments is None else F.pad(segments, (0, ragged), value=-1)
     x, b, c = (t.to(operand) for t in (x, b, c))
-    log_a = log_a.to(_wide(operand)).clamp_min(NOTHING)
+    log_a = log_a.to(at_least_fp32(operand)).clamp_min(NOTHING)
     with torch.autocast(x.device.type, enabled=False):
         y, last, _ = _ChunkedSSD.apply(x, log_a, b, c, state, segments, first, Q, want_state)
     return (y[:, :T] if ragged else y).to(dtype), last
@@ -82,16 +83,12 @@ def ssd_flops(T: int, H: int, P: int, G: int, N: int, chunk: int = 64) -> int:
 
 def _one_step(x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """T = 1, the decoding step: no matmul is worth its dispatch."""
-    wide, R = _wide(x.dtype), x.shape[2] // b.shape[2]
+    wide, R = at_least_fp32(x.dtype), x.shape[2] // b.shape[2]
     bh, ch = (t[:, 0].to(wide).repeat_interleave(R, dim=1)[..., None] for t in (b, c))
     S = bh * x[:, 0, :, None, :].to(wide)
     if state is not None:
         S = torch.addcmul(S, log_a[:, 0, :, None, None].to(wide).exp(), state.to(wide))
     return (ch * S).sum(2)[:, None].to(x.dtype), S
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _Layout(NamedTuple):

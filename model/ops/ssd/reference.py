@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.ops.documents import Documents
+from model.ops.dtypes import at_least_fp32
 
 
 def ssd_reference(
@@ -32,7 +33,7 @@ def ssd_reference(
     """
     B, T, H, P = x.shape
     G, N = b.shape[2:]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = at_least_fp32(x.dtype)
     xw, a = x.to(wide), log_a.to(wide).exp()
     bw, cw = (t.to(wide).repeat_interleave(H // G, dim=2) for t in (b, c))
     S = x.new_zeros(B, H, N, P, dtype=wide) if state is None else state.to(wide)
