@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -69,10 +70,18 @@ def load(source: str | Path) -> LanguageModel:
     """
     folder = checkpoint_folder(Path(source))
     config = reader.load(folder / "config.yaml")
-    tensors = load_file(folder / "model.safetensors")
-    vocab, rows = stored_rows(tensors)
-    lm = LanguageModel(config, vocab, rows if config.embed.from_ is not None else None)
-    lm.load_state_dict(tensors)
+    file = folder / "model.safetensors"
+    try:
+        tensors = load_file(file)
+        vocab, rows = stored_rows(tensors)
+        lm = LanguageModel(config, vocab, rows if config.embed.from_ is not None else None)
+        lm.load_state_dict(tensors)
+    except (SafetensorError, KeyError) as error:
+        raise ConfigError(
+            [f"{file}: cannot be read as a model ({error}); take another checkpoint"]
+        ) from error
+    except RuntimeError as error:  # of load_state_dict: other names or shapes
+        raise ConfigError([f"{file}: does not fit the config.yaml beside it: {error}"]) from error
     return lm.eval()
 
 

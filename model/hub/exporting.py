@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from model import config as configs
 from model.build import load
 from model.hub.causal_lm import LatentLabConfig, LatentLabForCausalLM
+from model.hub.folders import new_folder, taken
 from model.items import Visit
 from model.lm import LanguageModel
 from model.schema import ARCH_KEYS, ConfigError
@@ -39,19 +39,14 @@ def export_model(source: str | Path, out: str | Path) -> None:
     Raises ConfigError when the run holds no complete model, or `out` is taken.
     """
     source, out = Path(source), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if taken(out):
         raise ConfigError([f"{out}: is not empty; give another folder"])
     lm = load(source)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tokenizer = tokenizer_of(source)
-    eos = _write_tokenizer(tokenizer, partial) if tokenizer.is_file() else None
-    hugging(lm, eos).save_pretrained(partial)
-    (partial / "modeling_latent_lab.py").write_text(MODELING)
-    if out.is_dir():
-        out.rmdir()
-    partial.rename(out)
+    with new_folder(out) as partial:
+        eos = _write_tokenizer(tokenizer, partial) if tokenizer.is_file() else None
+        hugging(lm, eos).save_pretrained(partial)
+        (partial / "modeling_latent_lab.py").write_text(MODELING)
 
 
 def hugging(lm: LanguageModel, eos: int | None = None) -> LatentLabForCausalLM:

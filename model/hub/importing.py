@@ -7,7 +7,6 @@ origin.json  where they come from
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from model import config as configs
 from model.hub.families import ImportRefused, Outline, outline
+from model.hub.folders import new_folder, taken
 from model.hub.sources import PACKAGES, WEIGHTS, SourceError, hub_folder, weight_files
 from model.items import Cross, Visit
 from model.lm import LanguageModel
@@ -37,26 +37,19 @@ def import_model(source: str | Path, out: str | Path) -> Config:
     cannot be rebuilt exactly; nothing is left behind.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if taken(out):
         raise ConfigError([f"{out}: is not empty; give another folder with --out"])
     try:
         folder = _folder(str(source))
         config, tensors = read_model(folder, name=out.resolve().name)
     except (SourceError, ImportRefused) as error:
         raise ConfigError([f"{source}: {error}"]) from error
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / "model.safetensors")
-    (partial / "config.yaml").write_text(configs.dumps(config), encoding="utf-8")
-    (partial / "origin.json").write_text(json.dumps(_origin(source, folder), indent=1))
-    if (folder / "tokenizer.json").is_file():
-        shutil.copyfile(folder / "tokenizer.json", partial / "tokenizer.json")
-    for file in partial.iterdir():
-        _sync(file)
-    if out.is_dir():
-        out.rmdir()
-    partial.rename(out)
+    with new_folder(out) as partial:
+        save_file(tensors, partial / "model.safetensors")
+        (partial / "config.yaml").write_text(configs.dumps(config), encoding="utf-8")
+        (partial / "origin.json").write_text(json.dumps(_origin(source, folder), indent=1))
+        if (folder / "tokenizer.json").is_file():
+            shutil.copyfile(folder / "tokenizer.json", partial / "tokenizer.json")
     return config
 
 
@@ -162,11 +155,6 @@ def _origin(source: str | Path, folder: Path) -> dict[str, Any]:
     files = {f.name: f.stat().st_size for f in weight_files(folder)}
     about = _json(folder / "config.json")
     return {"source": str(source), "model_type": about.get("model_type"), "bytes": files}
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _shape(shape: torch.Size | None) -> str:

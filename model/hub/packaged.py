@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from model.hub.folders import new_folder
 from model.hub.sources import package_file
 
 
@@ -27,9 +27,7 @@ def packaged_folder(name: str, cache: str | Path = "models") -> Path:
         str(file.parent), dtype=torch.float32, quantization_config=quant, **places
     )
     model.config.__dict__.pop("quantization_config", None)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    AutoTokenizer.from_pretrained(str(file.parent), **places).save_pretrained(partial)
-    model.save_pretrained(partial)
-    partial.rename(target)
+    with new_folder(target) as partial:
+        AutoTokenizer.from_pretrained(str(file.parent), **places).save_pretrained(partial)
+        model.save_pretrained(partial)
     return target

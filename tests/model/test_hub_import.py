@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import model
 from model.__main__ import main
+from model.hub.folders import new_folder
 from model.hub.importing import import_model
 from model.schema import ConfigError
 from tests.model.tiny_hf import CONFIGS, SIZES, VOCAB, tiny
@@ -99,3 +101,35 @@ def test_bad_sources_are_refused_and_nothing_is_left(tmp_path: Path, capsys: pyt
 def test_an_import_raises_config_errors_only(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
         import_model(tmp_path / "nothing", tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["cut", "another model's"])
+def test_damaged_weights_are_refused_in_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture, damage: str
+) -> None:
+    tiny("llama", tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "run")
+    weights = tmp_path / "run" / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:100])
+    else:
+        rows = load_file(weights)
+        save_file({"embed.weight": rows["embed.weight"], "embed.scale": rows["embed.scale"]}, weights)
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "run"), "--ids", "1"]) == 2
+    said = capsys.readouterr().err
+    assert str(weights) in said and "Traceback" not in said
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    """An exception leaves nothing; of two that fill the same folder, the first to end stays."""
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError), new_folder(out) as half:
+        (half / "a").write_text("half")
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with new_folder(out) as late:
+        (late / "a").write_text("late")
+        out.mkdir()
+        (out / "a").write_text("first")
+    assert (out / "a").read_text() == "first" and list(tmp_path.iterdir()) == [out]
