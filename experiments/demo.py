@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import dataset
+from dataset.files import write_bytes
 from experiments.byte_baselines import order_n_bits, xz_bits
 from experiments.commands import ROOT, ensure_data, pretrain, run
 from train.metrics import read
@@ -72,8 +73,8 @@ def main() -> int:
         run("train/evaluate.py", folder.relative_to(ROOT), "--tokens", "65536")
     figures = summary(folders, data)
     report = ROOT / OUT / "README.md"
-    report.write_text(page(figures) + report.read_text())
-    (ROOT / OUT / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_bytes(report, (page(figures) + report.read_text()).encode())
+    write_bytes(ROOT / OUT / "figures.json", f"{json.dumps(figures, indent=1)}\n".encode())
     print("\n" + page(figures) + f"the page: {OUT / 'README.md'}")
     return 0
 

@@ -11,11 +11,12 @@ base is noticed.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, overload
 
@@ -52,15 +53,22 @@ def place(line: Line) -> tuple[str, str, str, int]:
 def put(sweep: Sweep, *new: Line) -> None:
     """Write lines in place of earlier ones about the same, in the sweep's order; safe among processes."""
     path = file_of(sweep)
-    folder = os.open(path.parent, os.O_RDONLY)  # locked itself, so that no lock file is left
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+    with _locked(path.parent):
         lines = {place(line): line for line in [*read(path), *(plain(line) for line in new)]}
         names = {name: n for n, name in enumerate(sweep.cases)}
         order = sorted(lines.values(), key=lambda x: (place(x)[:2], names.get(x["case"], 1 << 30), place(x)))
         write_bytes(path, "".join(json.dumps(line) + "\n" for line in order).encode())
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time. The folder itself is locked, so that no lock file is left."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def identity_digest(sweep: Sweep, run: Run) -> str:
@@ -84,12 +92,13 @@ def changed(sweep: Sweep, lines: Iterable[Line]) -> list[str]:
 
 
 def forget(sweep: Sweep, wanted: Callable[[Line], bool]) -> int:
-    """Drop lines; how many. Run folders stay where they are."""
+    """Drop lines; how many. Run folders stay where they are; safe among processes."""
     path = file_of(sweep)
-    lines = read(path)
-    kept = [line for line in lines if not wanted(line)]
-    if len(kept) < len(lines):
-        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    with _locked(path.parent):
+        lines = read(path)
+        kept = [line for line in lines if not wanted(line)]
+        if len(kept) < len(lines):
+            write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return len(lines) - len(kept)
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 
+from dataset.files import write_bytes
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -163,8 +165,5 @@ def machine() -> dict[str, object]:
 
 def save(results: Sequence[Result], path: Path) -> None:
     """Write results and machine as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"machine": machine(), "results": [asdict(r) for r in results]}, indent=1)
-    partial = path.with_suffix(path.suffix + ".tmp")
-    partial.write_text(text + "\n")
-    os.replace(partial, path)
+    write_bytes(path, f"{text}\n".encode())

@@ -31,7 +31,6 @@ import model.hub
 from experiments.commands import ROOT, ensure_data, pretrain
 from train.metrics import read
 
-SUMMARY = "Does growing an onion pay? The recipe beside its controls, at equal FLOPs; resumable."
 HERE = Path(__file__).resolve().parent
 RUNS = Path("runs/study-onion")
 SETS = ("run.batch=8", "run.eval_every=30", "run.eval_tokens=32768")
