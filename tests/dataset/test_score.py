@@ -228,6 +228,9 @@ def test_unwanted_answers(answer, reason):
 
 
 def test_identity_names_weights_not_places(tmp_path):
-    (tmp_path / "a").write_bytes(b"weights")
-    assert scoring._hash_files([tmp_path / "a"]) == scoring._hash_files([tmp_path / "a"])
+    for folder, weights in (("here", b"weights"), ("there", b"weights"), ("other", b"weighty")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a").write_bytes(weights)
+    here, there, other = (scoring._hash_files([tmp_path / f / "a"]) for f in ("here", "there", "other"))
+    assert here == there != other
     assert "/" not in json.dumps(bigram(4, make("bytes")).identity)
