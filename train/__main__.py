@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
@@ -51,8 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "status" and outer_watch.is_address(str(args.runs[0])):
             outer_watch.status(str(args.runs[0]), args.secret_file, live=bool(args.watch))
+        elif args.command == "status" and args.watch:
+            watch(args.runs, args.watch)
         elif args.command == "status":
-            watch(args.runs, args.watch) if args.watch else Console().print(status_table(args.runs))
+            outer_watch.console().print(status_table(args.runs))
         else:
             from train.report import write  # plotting takes a while to import
 

@@ -1,4 +1,4 @@
-"""`python -m train status RUN --watch` follows a run and ends with it."""
+"""`python -m train status RUN [--watch]`: a run and its workers, until it ends."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from train import rundir
 from train.__main__ import main, watch
 
 
-def record(run: Path, step: int) -> None:
-    fields = {"tokens": 64 * step, "loss": 2.5, "losses": {"next": 2.5}, "tokens_per_s": 100.0}
+def record(run: Path, step: int, **more: Any) -> None:
+    fields = {"tokens": 64 * step, "loss": 2.5, "losses": {"next": 2.5}, "tokens_per_s": 100.0, **more}
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"kind": "train", "step": step, **fields}) + "\n")
 
@@ -35,3 +36,22 @@ def test_the_table_is_live_until_the_run_ends(tmp_path, capsys) -> None:
     assert main(["status", str(run), "--watch"]) == 0  # nothing is running: once, and done
     shown = capsys.readouterr().out
     assert "interrupted" in shown and "7/9" in shown
+
+
+def test_workers_are_shown_with_what_they_sent(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    traffic = {"sent": 1_240_000, "received": 2_000_000, "rounds": 3, "dropped": 0}
+    names = ["tiny", "tiny/workers/1", "tiny/workers/2", "tiny/workers/10"]
+    for run in map(Path, reversed(names)):
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "run.json").write_text("{}")
+        rundir.set_status(run, "complete", step=9, total=9)
+        record(run, 9, outer=traffic)
+    assert main(["status", "tiny"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split("│")[1].strip() for line in lines if "complete" in line]
+    assert shown == names
+    text = "\n".join(lines)
+    assert text.count("rounds 3, dropped 0") == 4 and text.count("1.2 MB sent") == 4
+    assert "…" not in text  # no column is cut where there is no terminal

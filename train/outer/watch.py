@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from train.outer.frames import VARIABLE, address_of, secret_of
 from train.outer.server import Server
 
 REFRESH_S = 1.0
+WIDE = 160  # columns of a table that goes into a file or a pipe
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,7 +71,8 @@ def status(address: str, secret_file: str | None = None, live: bool = False) -> 
     link = Link(address, secret_of(secret_file), "", patience=5.0)
     found = link.status()
     if not live:
-        Console().print(table(address, found))
+        link.close()
+        console().print(table(address, found))
         return
     with suppress(KeyboardInterrupt), Live(table(address, found), auto_refresh=False) as view:
         while not found["done"]:
@@ -77,6 +80,12 @@ def status(address: str, secret_file: str | None = None, live: bool = False) -> 
             found = link.status()
             view.update(table(address, found), refresh=True)
     link.close()
+
+
+def console() -> Console:
+    """Standard output; wide enough for every column where it is no terminal (and $COLUMNS does not say)."""
+    out = Console()
+    return out if out.is_terminal or "COLUMNS" in os.environ else Console(width=WIDE)
 
 
 def table(address: str, found: dict[str, Any]) -> Table:
