@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def seen(record: Record) -> float:
 
 def write(runs: Sequence[Path], out: Path) -> Path:
     """Make the page and its plots in `out`; returns the HTML page. Raises UserError."""
-    histories = [History.of(run) for run in runs]
+    histories = named([History.of(run) for run in runs], runs)
     out.mkdir(parents=True, exist_ok=True)
     losses, speed = draw_losses(histories), draw_speed(histories)
     usage, bits = draw_stats(histories, "usage"), draw_stats(histories, "entropy_bits")
@@ -81,6 +81,12 @@ def write(runs: Sequence[Path], out: Path) -> Path:
     write_bytes(out / "README.md", text.encode())
     write_bytes(out / "index.html", page(text, out).encode())
     return out / "index.html"
+
+
+def named(histories: Sequence[History], runs: Sequence[Path]) -> list[History]:
+    """With the folder for a name where several runs of one architecture would have the same."""
+    names = [h.name for h in histories]
+    return [replace(h, name=str(r)) if names.count(h.name) > 1 else h for h, r in zip(histories, runs)]
 
 
 def chained(histories: Sequence[History]) -> bool:

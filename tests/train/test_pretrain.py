@@ -342,6 +342,12 @@ def test_status_report_and_evaluate(here, data, capsys) -> None:
     for picture in ("losses", "codes", "bits", "speed"):
         assert f"{picture}.png" in page
         assert (here / "page" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    from train.report import History, named
+
+    same = [here / "records" / "small1", here / "both" / "small1"]  # runs of one architecture, laid over
+    histories = [History.of(folder) for folder in same]
+    assert [h.name for h in histories] == ["small1", "small1"]
+    assert [h.name for h in named(histories, same)] == [str(folder) for folder in same]
     for bad in (["status", "nowhere"], ["report", "nowhere"]):
         assert tools(bad) == 2
     assert evaluate(["nowhere"]) == 2 and evaluate(["both/small2", "--data", "nowhere"]) == 2
