@@ -161,8 +161,9 @@ def _outer(v: Values) -> Found:
         yield "momentum", f"want a number below 1, got {v['momentum']}"
     if not 0 < v.get("density", 1) <= 1:
         yield "density", f"want a share in (0, 1], got {v['density']}"
-    if v.get("blend", 0) > 1 or v.get("carry", 0) > 1:
-        yield "blend", "want blend and carry in [0, 1]"
+    for key in ("blend", "carry"):
+        if v.get(key, 0) > 1:
+            yield key, f"want a share in [0, 1], got {v[key]}"
     if v.get("heartbeat", 1) <= 0:
         yield "heartbeat", f"want more than 0 seconds, got {v['heartbeat']}"
     every = v.get("every", 1)
