@@ -82,7 +82,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     opened, whole = threading.Event(), Coordinator.push
 
     def push(self: Coordinator, *args: Any) -> str:
-        assert self.version < 15 or opened.wait(600)
+        assert self.version < 15 or opened.wait(3600)
         return whole(self, *args)
 
     monkeypatch.setattr(Coordinator, "push", push)
@@ -102,7 +102,7 @@ def test_a_worker_over_tcp_is_killed_and_comes_back(
         words += ["--set", "run.save_every=5", "--set", "run.eval_every=0"]
         process = subprocess.Popen(words, cwd=place, env=env, stdout=subprocess.DEVNULL)
         try:
-            end = time.monotonic() + 600
+            end = time.monotonic() + 3600
             while server.core is None or server.core.version < 8:
                 assert time.monotonic() < end and process.poll() is None
                 time.sleep(0.02)

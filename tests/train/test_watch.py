@@ -40,7 +40,8 @@ def test_the_table_is_live_until_the_run_ends(tmp_path, capsys) -> None:
 
 def test_workers_are_shown_with_what_they_sent(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("COLUMNS", raising=False)
+    for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
     traffic = {"sent": 1_240_000, "received": 2_000_000, "rounds": 3, "dropped": 0}
     names = ["tiny", "tiny/workers/1", "tiny/workers/2", "tiny/workers/10"]
     for run in map(Path, reversed(names)):

@@ -84,8 +84,7 @@ def status(address: str, secret_file: str | None = None, live: bool = False) -> 
 
 def console() -> Console:
     """Standard output; wide enough for every column where it is no terminal (and $COLUMNS does not say)."""
-    out = Console()
-    return out if out.is_terminal or "COLUMNS" in os.environ else Console(width=WIDE)
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=WIDE)
 
 
 def table(address: str, found: dict[str, Any]) -> Table:
