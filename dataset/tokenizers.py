@@ -206,9 +206,10 @@ class Tokenizer:
 
 def _piece(text: str, letters: dict[str, int]) -> bytes:
     if letters:
-        if all(c in letters for c in text):
-            return bytes(letters[c] for c in text)
-        return text.encode()  # an ordinary added token, spelled as it is
+        try:
+            return bytes([letters[c] for c in text])
+        except KeyError:
+            return text.encode()  # an ordinary added token, spelled as it is
     if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
         return bytes([int(text[3:5], 16)])
     return text.replace("▁", " ").encode()

@@ -12,7 +12,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from dataset.fast import FastEncoder, Mismatch, fast_encoder
 from dataset.files import TEMPORARY, DatasetError, read_json, write_json
-from dataset.format import SPLITS
+from dataset.format import DTYPES, SPLITS
 from dataset.plan import Plan, Task
 from dataset.readers import Damage, Document, read
 from dataset.sources import Input
@@ -84,7 +83,8 @@ class Sink:
         self._tokenizer, self._fast, self._writers = plan.tokenizer, fast, writers
         self._low, self._high = plan.request.min_tokens, plan.request.max_tokens
         self._heldout = round(plan.heldout * 2**64)
-        self._end = np.array([plan.tokenizer.eos_id])
+        self._dtype = DTYPES[plan.dtype]
+        self._end = np.array([plan.tokenizer.eos_id], self._dtype)
         self._texts: list[str] = []
         self._sizes: list[int] = []
         self._hashes: list[int] = []
@@ -109,7 +109,8 @@ class Sink:
         else:
             ids = self._fast.encode(self._texts, self._hashes)
         for tokens, size, draw in zip(ids, self._sizes, self._hashes):
-            self._write(np.concatenate([tokens, self._end]), size, SPLITS[draw < self._heldout])
+            whole = np.concatenate([tokens, self._end], dtype=self._dtype, casting="unsafe")
+            self._write(whole, size, SPLITS[draw < self._heldout])
         self._texts, self._sizes, self._hashes, self._pending = [], [], [], 0
 
     def _write(self, ids: np.ndarray, text_bytes: int, split: str) -> None:
@@ -157,14 +158,15 @@ def _line_of(item: Document, bad: str) -> int:
     return item.line + (item.text.count("\n", 0, item.text.index(bad)) if item.line == 1 else 0)
 
 
-@lru_cache(maxsize=2)
-def _encoder(identity: str, source: bytes, tokenizer: Tokenizer) -> FastEncoder | None:
-    return fast_encoder(tokenizer)
+_encoders: dict[str, FastEncoder | None] = {}
 
 
 def encoder_for(tokenizer: Tokenizer) -> FastEncoder | None:
-    """The fast path, built once a process."""
-    return _encoder(tokenizer.identity, tokenizer.source, tokenizer)
+    """The fast path, built once a process: for a small corpus, building it is most of the work."""
+    if tokenizer.identity not in _encoders:
+        _encoders.clear()
+        _encoders[tokenizer.identity] = fast_encoder(tokenizer)
+    return _encoders[tokenizer.identity]
 
 
 def run_task(plan: Plan, task: Task, out: Path, seen: Seen, how: How) -> dict[str, Any]:

@@ -41,10 +41,10 @@ class ShardWriter:
         return f"{self._stem}-{len(self.entries):03d}"
 
     def add(self, ids: np.ndarray, text_bytes: int, mask: np.ndarray | None = None) -> None:
-        """One document with its EOS. mask: u8, 1:1 with ids, when the writer was made with masks."""
+        """One document with its EOS; the array is kept. mask: u8, 1:1 with ids, of a writer with masks."""
         if self._lengths and self._tokens + len(ids) > self._limit:
             self._finish()
-        self._pending["tok"].append(ids.astype(self._dtype))
+        self._pending["tok"].append(ids.astype(self._dtype, copy=False))
         if "msk" in self._kinds:
             self._pending["msk"].append(
                 np.ones(len(ids), np.uint8) if mask is None else mask.astype(np.uint8)

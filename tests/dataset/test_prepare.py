@@ -205,6 +205,17 @@ def test_errors_are_counted_with_file_and_line(tmp_path):
         prepare(request, tmp_path / "strict", how=How(strict=True))
 
 
+def test_lines_that_only_the_lenient_reader_takes(tmp_path):
+    """NaN and long integers are read as ever; a line nested too deep costs that line alone."""
+    lines = ['{"n": NaN, "text": "a"}', "[" * 5000, '{"n": 1%s, "text": "b"}' % ("0" * 400), '{"text": "c"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    report = prepare(Request((str(tmp_path / "a.jsonl"),), heldout=0.0), tmp_path / "out")
+    data = report.dataset
+    assert [data.tokenizer.decode(ids) for ids in data.splits["train"]] == ["a", "b", "c"]
+    (message,) = report.messages
+    assert message.startswith("a.jsonl:2: not JSON")
+
+
 def test_a_corpus_without_documents_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DatasetError, match="not one document"):
