@@ -139,7 +139,7 @@ def test_hub_export_loads_in_a_process_that_has_not_heard_of_us(tmp_path: Path) 
         env=env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
     prompt, text = (json.loads(line) for line in done.stdout.splitlines())
