@@ -273,6 +273,7 @@ class Bottleneck(nn.Module, ABC):
         self.dim = dim
 
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> State | None:
+        """State before the first token of `batch` rows, on the device of `like`; None: the halves keep none."""
         return None
 
     def forward(self, half: str, *args: Any, **kwargs: Any) -> Any:
@@ -299,4 +300,5 @@ class Bottleneck(nn.Module, ABC):
         """
 
     def cost(self, T: int) -> Cost:
+        """Both halves over one row of T outside tokens; linear layers are counted by the caller."""
         return Cost()
