@@ -165,7 +165,7 @@ def read(path: Path) -> Sweep:
     made: dict[tuple[str, str, int], Run] = {}
     for seed, data in itertools.product(range(spec.seeds), spec.data):
         for name in ordered(cases):
-            if cases[name].on and data not in cases[name].on:
+            if data not in trained_on(spec, cases[name]):
                 continue
             config, written = resolved[name]
             after = made[cases[name].after, data, seed] if cases[name].after else None  # type: ignore[index]
@@ -186,6 +186,10 @@ def expand(spec: SweepSpec) -> dict[str, CaseSpec]:
     return out
 
 
+def trained_on(spec: SweepSpec, case: CaseSpec) -> set[str]:
+    return set(case.on or spec.data)
+
+
 def mistakes(spec: SweepSpec, cases: Mapping[str, CaseSpec]):
     """What the types do not say."""
     if not spec.cases or not spec.data:
@@ -198,8 +202,11 @@ def mistakes(spec: SweepSpec, cases: Mapping[str, CaseSpec]):
     if spec.seeds < 1 or spec.samples < 1 or spec.prefill < 0 or spec.eval_tokens < 1:
         yield "seeds, samples and eval_tokens: want at least 1; prefill at least 0"
     for name, case in cases.items():
-        if case.after is not None and (case.after not in cases or cases[case.after].after):
+        first = None if case.after is None else cases.get(case.after)
+        if case.after is not None and (first is None or first.after):
             yield f"cases.{name}.after: {case.after!r} is no case that starts from nothing"
+        elif first is not None and (gone := trained_on(spec, case) - trained_on(spec, first)):
+            yield f"cases.{name}.on: {case.after!r}, which it starts from, is not trained on {sorted(gone)}"
         for wanted in case.on:
             if wanted not in spec.data:
                 yield f"cases.{name}.on: no data {wanted!r}; there are {', '.join(spec.data)}"

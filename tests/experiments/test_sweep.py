@@ -102,6 +102,10 @@ MISTAKES = {
     "unknown task": (("mqar:pairs=4/8", "mqar:pair=4"), "no option 'pair'"),
     "unknown measure": (("measure: mqar", "measure: copy"), "'copy' is neither"),
     "after nothing": (("after: narrow", "after: nobody"), "no case that starts from nothing"),
+    "after less": (
+        ("cases:\n  narrow: {about: as it is}", "  other: {path: there}\ncases:\n  narrow: {on: [recall]}"),
+        "which it starts from, is not trained on ['other']",
+    ),
 }
 
 
