@@ -2,12 +2,15 @@
 
 A record is one line of `metrics.jsonl`:
 
-    {"kind": "train", "step", "tokens", "loss", "losses": {head}, "aux", "lr", "grad_norm",
-                      "tokens_per_s", "mfu", "skipped", "seconds"}
-    {"kind": "eval",  "step", "tokens", "loss", "losses": {head}, "bpb": {head}, "stats": {...}}
+    {"kind": "train", "step", "tokens", "origin", "loss", "losses": {head}, "aux", "lr", "grad_norm",
+                      "tokens_per_s", "mfu", "skipped", "seconds", "outer": {...} where workers meet}
+    {"kind": "eval",  "step", "tokens", "origin", "loss", "losses": {head}, "bpb": {head}, "stats": {...},
+                      "ema": {"loss", "losses", "bpb"} with run.ema}
     {"kind": "event", "event": "start" | "resume" | "save" | "plateau" | "skip" | "stop" | "done" | ...}
     {"kind": "sites", "activations": {site: {"rms", "max"}}, "stats": {...}}
-    {"kind": "sample", "text"}
+    {"kind": "sample", "step", "tokens", "prompt", "text"}
+
+Every record has its "time". tokens: of this run; origin: those of the runs that its weights come from.
 
 wandb runs in a process of its own that follows the file (`train.mirror`), so it can neither hold up the
 training nor bring it down.

@@ -32,7 +32,8 @@ def start(run: Path, mode: str) -> Any:
     """A wandb run with an id of its own per folder, so that a resumed run goes on in it."""
     import wandb
 
-    described = json.loads((run / "run.json").read_text())
+    about = run / "run.json"  # of a compressor's run there is none
+    described = json.loads(about.read_text()) if about.is_file() else {"name": run.name, "created": str(run)}
     options: dict[str, Any] = {
         "project": "latent-lab",
         "name": described.get("name"),

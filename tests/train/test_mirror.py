@@ -48,6 +48,17 @@ def test_every_number_is_sent_once(run) -> None:
     assert sent == WANT
 
 
+def test_folders_without_run_json_are_runs_of_their_own(tmp_path, monkeypatch) -> None:
+    """As `train/compress.py` makes them."""
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **options: options)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    a, again, b = (mirror.start(tmp_path / name, "offline") for name in ("a", "a", "b"))
+    assert (a["name"], b["name"]) == ("a", "b") and a["id"] == again["id"] != b["id"]
+
+
 BLOCK, HEAD = 1 << 15, struct.Struct("<IHB")  # of a LevelDB log: crc, length, kind
 FULL, LAST = 1, 4
 
