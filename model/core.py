@@ -273,7 +273,7 @@ class Bottleneck(nn.Module, ABC):
         self.dim = dim
 
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> State | None:
-        """State before the first token of `batch` rows, on the device of `like`; None: the halves keep none."""
+        """State before the first token of `batch` rows, on the device of `like`; None: it keeps none."""
         return None
 
     def forward(self, half: str, *args: Any, **kwargs: Any) -> Any:

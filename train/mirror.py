@@ -63,7 +63,10 @@ def follow(run: Path, send: Any, ended: threading.Event) -> None:
                 file.seek(position)
                 while (line := file.readline()).endswith("\n"):
                     position = file.tell()
-                    record = json.loads(line)
+                    try:
+                        record = json.loads(line)
+                    except ValueError:  # cut off by a crash, and written on by the run that was resumed
+                        continue
                     kind, step = record.pop("kind"), record.pop("step")
                     if kind not in ("event", "sample"):
                         send({f"{kind}/{k}": v for k, v in flat(record).items()}, step)

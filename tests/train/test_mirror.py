@@ -43,6 +43,7 @@ def test_every_number_is_sent_once(run) -> None:
     ended = threading.Event()
     ended.set()
     with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st\n')  # cut off by a crash
         file.write('{"kind": "train", "step": 4, "lo')  # still being written
     mirror.follow(run, lambda fields, step: sent.setdefault(step, {}).update(fields), ended)
     assert sent == WANT
