@@ -1,6 +1,6 @@
 """Bad input against live nodes, and --check of every playbook: each fault is named, and nothing is half-done.
 
-    python -m tests.cluster.refusals [--keep DIR]
+    python -m tests.cluster.refusals [--keep DIR] [--part new|ready|running]
 
 Files of all nodes are compared before and after every refusal and every --check. Needs what demo.py needs.
 """
@@ -21,6 +21,7 @@ from tests.cluster.lan import run
 from tests.cluster.plays import Played, Plays, drill, tells
 
 FAILED, UNREACHABLE = 2, 4  # exit codes of ansible-playbook
+PARTS = ("new", "ready", "running")
 
 
 class Refusals(Plays):
@@ -29,7 +30,7 @@ class Refusals(Plays):
         out = {}
         for path in (self.lan.folder / "srv").rglob("*"):
             words = path.relative_to(self.lan.folder / "srv").parts
-            if ".ansible" in words or (live and words[2:3] in (("runs",), ("state",))):
+            if ".ansible" in words or (live and {"runs", "state", "__pycache__"} & {*words}):
                 continue
             try:
                 found = path.lstat()
@@ -57,15 +58,20 @@ class Refusals(Plays):
         path.write_text(yaml.safe_dump(found, sort_keys=False))
         return path
 
-    def tour(self) -> None:
+    def tour(self, parts: tuple[str, ...]) -> None:
         """New nodes, then nodes that are set up, then a cluster that trains."""
-        self.new_nodes()
+        if "new" in parts:
+            self.new_nodes()
         self.play("setup")
-        self.ready_nodes()
-        self.play("launch")
-        self.wait("a push", lambda: bool(self.pushes("one")))
-        self.running_nodes()
-        self.play("stop")
+        if "ready" in parts:
+            self.ready_nodes()
+        if "running" in parts:
+            self.play("shard")
+            self.play("launch")
+            everybody = {*self.lan.machines}
+            self.wait("pushes from all", lambda: everybody <= {*self.pushes("one")})
+            self.running_nodes()
+            self.play("stop")
 
     def new_nodes(self) -> None:
         """Nothing is on the nodes, and nothing must come to be."""
@@ -209,8 +215,10 @@ class Refusals(Plays):
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m tests.cluster.refusals", description=__doc__.split("\n")[0])
     p.add_argument("--keep", type=Path, metavar="DIR", help="leave logs there")
+    p.add_argument("--part", choices=PARTS, help="one of the three alone")
     args = p.parse_args(argv)
-    return drill(lambda lan, folder: Refusals(lan, folder, settings(20000)).tour(), args.keep)
+    parts = (args.part,) if args.part else PARTS
+    return drill(lambda lan, folder: Refusals(lan, folder, settings(20000)).tour(parts), args.keep)
 
 
 if __name__ == "__main__":
