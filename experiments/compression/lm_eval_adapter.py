@@ -26,9 +26,12 @@ class Requests:
         self.c, self.tokenizer, self.keep, self.asked = compressor.eval(), tokenizer, keep, asked
 
     def _split(self, ids: list[int]) -> tuple[Any, list[int]]:
-        """The compressed head of a context, or None where it is too short to have one, and its tail."""
+        """The compressed head of a context and its tail; None and all of it where the head would be too short
+        to be one slot at the ratio that is asked."""
         head, tail = ids[: -self.keep], ids[-self.keep :]
-        return (self.c.compress(torch.tensor([head]), **self.asked) if head else None), tail
+        if len(head) < max(1.0, self.asked.get("ratio") or 1.0):
+            return None, ids
+        return self.c.compress(torch.tensor([head]), **self.asked), tail
 
     @torch.no_grad()
     def score(self, context: str, continuation: str) -> tuple[float, bool]:

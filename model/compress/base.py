@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model.compress.context import CompressedContext, LayerSlots, tight
 from model.compress.decoder import Decoder
-from model.compress.rows import checked_mask, pack, text_positions, token_losses
+from model.compress.rows import check_amount, checked_mask, pack, text_positions, token_losses
 from model.compress.saving import Saved
 from model.registry import Registry, did_you_mean
 
@@ -124,12 +124,7 @@ class ContextCompressor(Saved, ABC):
         """
         mask = checked_mask(input_ids, attention_mask, self.decoder.config.pad_token_id, "compress")
         ids, mask = pack(input_ids, mask)
-        if ratio is not None and budget is not None:
-            raise ValueError("compress takes a ratio or a budget, not both")
-        if ratio is not None and ratio < 1:
-            raise ValueError(f"ratio {ratio}: source tokens per slot must be at least 1")
-        if budget is not None and budget < 0:
-            raise ValueError(f"budget {budget}: slots per row must be at least 0")
+        check_amount(ratio, budget, ids.shape[1])
         if state is not None:
             self._check_context(state, ids.shape[0])
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):

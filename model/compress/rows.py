@@ -36,6 +36,8 @@ def checked_mask(ids: Tensor, mask: Tensor | None, pad: int | None, what: str) -
 def pack(ids: Tensor, mask: Tensor, left: bool = True) -> tuple[Tensor, Tensor]:
     """Move every row's tokens to the left (or right) edge and cut columns nobody uses; padding becomes id
     0."""
+    if not ids.shape[1]:
+        return ids, mask
     lengths = mask.sum(1)
     width = int(lengths.max()) if mask.numel() else 0
     column = torch.arange(width, device=ids.device)
@@ -44,6 +46,21 @@ def pack(ids: Tensor, mask: Tensor, left: bool = True) -> tuple[Tensor, Tensor]:
     keep = column < lengths[:, None] if left else column >= width - lengths[:, None]
     index = (offset[:, None] + column).clamp(0, max(ids.shape[1] - 1, 0))
     return ids.gather(1, index) * keep, keep
+
+
+def check_amount(ratio: float | None, budget: int | None, longest: int) -> None:
+    """Raises ValueError unless at most one of ratio and budget is given, and contexts of up to `longest`
+    tokens can meet it: a ratio lies between 1 and their length, a budget is not negative."""
+    if ratio is not None and budget is not None:
+        raise ValueError("compress takes a ratio or a budget, not both")
+    if ratio is not None and ratio < 1:
+        raise ValueError(f"ratio {ratio}: source tokens per slot must be at least 1")
+    if ratio is not None and 0 < longest < ratio:
+        raise ValueError(
+            f"ratio {ratio}: the longest context has {longest} tokens, one slot is ratio {longest}"
+        )
+    if budget is not None and budget < 0:
+        raise ValueError(f"budget {budget}: slots per row must be at least 0")
 
 
 def text_positions(mask: Tensor, start: Tensor) -> Tensor:

@@ -1,12 +1,17 @@
 """AutoCompressor with a memory of variable length: the decoder says itself when a segment is summed up.
 
-    z_0 = state at <sum>, which closes the segment;   z_t = state after feeding z_{t-1} as an input embedding
+    z_0 = state at <sum>, which closes the segment;   z_t = state after the input embedding x_t
+    x_t = step_t + g |step_t| z_{t-1} / |z_{t-1}|   (feedback `gated`, g learned from 0) or z_{t-1} (`state`)
     p_t = P(<eoc> | z_t);   s_1 = 1,  s_{t+1} = s_t (1 - p_t);   E[length] = sum of s_t
     training:  all z_t are kept, slot t seen through an attention bias log s_t (gate `bias`) or as s_t z_t
     (`scale`)
     inference: z_1 .. z_L are kept, L the first t at which it stops: 1 - s_{t+1} > threshold, or by a draw
     from p_t
     penalty:   lambda * E[length] / (n_text + alpha * memory slots), the mean over segments
+
+States fed back as they are make a recurrence through the whole decoder, whose gradients explode with its
+length (figures in experiments/compression). With g = 0 the steps are the summary embeddings of the fixed
+AutoCompressor, read one after the other, and the recurrence grows from there.
 
 The stopping vector is kept in both, so that the draw's mean length is exactly E[length]. <sum> and <eoc> are
 vectors of this module: the vocabulary is never resized, and neither can be generated.
@@ -34,6 +39,7 @@ class VariableAutoCompressorConfig(AutoCompressorConfig):
     compress_stop_threshold: stop once the chance of having stopped exceeds it; None: draw.
     recompress_memory: each summary replaces the memory it has read; False: memories accumulate.
     gate: how training weighs slot t, bias or scale.
+    feedback: what a step reads, gated or state (as published; gradients explode with compression_max_len).
     """
 
     compression_max_len: int = 8
@@ -42,6 +48,7 @@ class VariableAutoCompressorConfig(AutoCompressorConfig):
     compress_stop_threshold: float | None = None
     recompress_memory: bool = True
     gate: str = "bias"
+    feedback: str = "gated"
 
 
 @compressor("variable_autocompressor")
@@ -57,10 +64,14 @@ class VariableAutoCompressor(SegmentCompressor):
 
     def __init__(self, decoder: Decoder, config: VariableAutoCompressorConfig) -> None:
         super().__init__(decoder, config)
-        if config.gate not in ("bias", "scale"):
-            raise ValueError(f"gate={config.gate!r}; there are bias and scale")
+        for name, allowed in (("gate", ("bias", "scale")), ("feedback", ("gated", "state"))):
+            if getattr(config, name) not in allowed:
+                raise ValueError(f"{name}={getattr(config, name)!r}; there are {' and '.join(allowed)}")
         self.embed_sum = nn.Parameter(self.eos_row()[None])
         self.embed_eoc = nn.Parameter(self.eos_row())
+        if config.feedback == "gated":
+            self.embed_step = nn.Parameter(self.eos_row().expand(config.compression_max_len, -1).clone())
+            self.feedback_gain = nn.Parameter(torch.zeros(()))
 
     @property
     def per_segment(self) -> int:
@@ -88,7 +99,7 @@ class VariableAutoCompressor(SegmentCompressor):
         zs, kept, gates = [], [], []
         draws = torch.Generator().manual_seed(self.config.seed)
         for t in range(longest):
-            z, layers = self._think(z, layers, alive, after + t)
+            z, layers = self._think(self._reentry(z, t), layers, alive, after + t)
             zs.append(z)
             kept.append(going)
             gates.append(survival)
@@ -101,10 +112,17 @@ class VariableAutoCompressor(SegmentCompressor):
         new = self._memory(torch.cat(zs, 1), torch.stack(kept, 1), torch.stack(gates, 1), mask)
         return text, replace(new, aux=self._penalty(torch.stack(gates, 1), mask, memory))
 
+    def _reentry(self, z: Tensor, t: int) -> Tensor:
+        """The input embedding [B, 1, E] of step t, from the state z [B, 1, E] before it."""
+        if self.config.feedback == "state":
+            return z
+        step, state = self.embed_step[t].float(), z.float()
+        return (step + self.feedback_gain * step.norm() * nn.functional.normalize(state, dim=-1)).to(z.dtype)
+
     def _think(
         self, z: Tensor, layers: list[LayerSlots], alive: Tensor, position: Tensor
     ) -> tuple[Tensor, list[LayerSlots]]:
-        """One step: z [B, 1, E] in, the next one out, and what it adds to the cache."""
+        """One step: an input embedding z [B, 1, E] in, the next state out, and what it adds to the cache."""
         where = position[:, None] if self.decoder.rotary else torch.full_like(position, -1)[:, None]
         self.decoder.check_length(int(where.max()) + 1, layers[0].mask.shape[1] + 1)
         h, step = self.decoder.stem(z, where), alive[:, None]

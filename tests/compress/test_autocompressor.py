@@ -176,6 +176,37 @@ def test_survival_and_its_limits(model):
         assert (bias.diff(dim=1) <= 0).all()  # survival never grows
 
 
+def last_states(c, ids, tail):
+    """What a fixed AutoCompressor of the same decoder makes of the summary embeddings `tail` [n, E]."""
+    fixed = wrap(c.decoder, "autocompressor", summary_length=len(tail), lora_rank=0)
+    fixed.embed_summary.data.copy_(tail)
+    return fixed.compress(ids).embeds[0].detach()
+
+
+def test_gated_steps_begin_as_summary_embeddings(model):
+    """With g = 0 the slots are the fixed AutoCompressor's for <sum> and the steps; g has a gradient."""
+    c = stopping(model, -80, lora_rank=0)
+    c.feedback_gain.data.zero_()
+    ids, _ = batch([8])
+    want = last_states(c, ids, torch.cat([c.embed_sum, c.embed_step]).detach())
+    assert torch.allclose(c.compress(ids).embeds[0], want[1:], atol=2e-5)
+    c.train()(ids, batch([5], seed=2)[0]).loss.backward()
+    assert c.feedback_gain.grad.abs() > 0
+    c.feedback_gain.data.fill_(0.5)
+    assert not torch.allclose(c.eval().compress(ids).embeds[0], want[1:], atol=1e-3)
+
+
+def test_state_feedback_is_the_published_recurrence(model):
+    """z_t is the state after feeding z_{t-1} itself."""
+    c = stopping(model, -80, lora_rank=0, feedback="state")
+    assert not hasattr(c, "feedback_gain")
+    ids, _ = batch([8])
+    tail = c.embed_sum.detach()
+    for _ in range(3):
+        tail = torch.cat([tail, last_states(c, ids, tail)[-1:]])
+    assert torch.allclose(c.compress(ids).embeds[0], last_states(c, ids, tail)[1:], atol=2e-4)
+
+
 def test_mean_of_sampled_lengths_is_the_expected_length(llama):
     """6. Independent draws: the hard length's mean is the E[length] that training uses."""
     c = stopping(llama, -0.5, compression_max_len=5)
@@ -300,6 +331,8 @@ def test_random_segments(total, n, longest, seed):
 
 
 def test_limits_are_named(llama):
+    with pytest.raises(ValueError, match="gated and state"):
+        make(llama, "variable_autocompressor", feedback="loop")
     c = make(llama)
     with pytest.raises(ValueError, match="one segment makes 3"):
         c.compress(batch([10])[0], budget=2)

@@ -213,6 +213,39 @@ def test_generate_table(method, cache, llama):
     assert not torch.allclose(*last)
 
 
+@pytest.mark.parametrize("cache", ["static", "quantized"])
+@pytest.mark.parametrize("method,options", [("condense", {}), ("pairs", {"layer_idx": (1,), "r": 0.0})])
+def test_caches_of_every_family(method, options, cache, model):
+    """Embeddings, and layers with different numbers of slots: what other caches give is what the dynamic
+    gives."""
+    c = make(model, method, **options)
+    ids, mask = batch([15, 10])
+    prompt, prompt_mask = batch([9, 6], "left", seed=2)
+    context = c.compress(ids, mask)
+    for how in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}):
+        run = lambda kind: c.generate(prompt, context, prompt_mask, cache=kind, max_new_tokens=3, **how)  # noqa: B023, E731
+        made, want = run(cache), run("dynamic")
+        assert made.shape == want.shape and torch.equal(made[:, :9], prompt)
+        assert cache == "quantized" or torch.equal(made, want)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("method", METHODS)
+def test_own_generate_of_the_decoder(method, cache, llama):
+    """`decoder.generate(**c.generate_inputs(...))` inside `attached` is `c.generate`, draws included."""
+    c = make(llama, method)
+    ids, mask = batch([15, 10])
+    prompt, prompt_mask = batch([9, 6], "left", seed=2)
+    context = c.compress(ids, mask, **asked(method))
+    for how in ({"do_sample": False}, {"do_sample": True, "top_k": 5}):
+        inputs = c.generate_inputs(context, prompt, prompt_mask, cache=cache, max_new_tokens=3)
+        torch.manual_seed(3)
+        with c.attached() as attached:
+            theirs = attached.generate(**inputs, max_new_tokens=3, **how)
+        torch.manual_seed(3)
+        assert torch.equal(theirs, c.generate(prompt, context, prompt_mask, max_new_tokens=3, **how))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_beams_follow_each_row(method, llama):
     """7. Beams over a prefilled cache: each row of a batch gives what it gives alone."""
@@ -254,17 +287,21 @@ def test_bad_input(method, llama):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_attached_is_undone(method, llama):
-    """2. Hooks are gone after an exception, nested attachment raises, the detached decoder is the base."""
+def test_attached_is_undone(method, model):
+    """2. Hooks are gone after an exception, nested attachment raises, the detached decoder is the base, and
+    attaching one decoder leaves another alone."""
     ids, _ = batch([12])
-    expect = llama(ids).logits
-    c, other = make(llama, method), make(tiny_decoder("llama", seed=5), method)
+    another = tiny_decoder(model.config.model_type, seed=5)
+    expect = [m(ids).logits for m in (model, another)]
+    c, other = make(model, method), make(another, method)
     with pytest.raises(ZeroDivisionError), c.attached():
         1 / 0  # noqa: B018
-    with c.attached(), other.attached(), pytest.raises(RuntimeError, match="already attached"), c.attached():
-        pass
-    assert torch.equal(llama(ids).logits, expect)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.modules())
+    with c.attached():
+        assert torch.equal(another(ids).logits, expect[1])
+        with other.attached(), pytest.raises(RuntimeError, match="already attached"), c.attached():
+            pass
+    assert torch.equal(model(ids).logits, expect[0])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("method", METHODS)

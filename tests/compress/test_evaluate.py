@@ -181,6 +181,8 @@ def test_requests_of_the_harness(llama):
     assert nats == pytest.approx(want.item(), abs=1e-4) and isinstance(greedy, bool)
     assert pooled.score("abcdefgh", "ij")[0] != pytest.approx(nats, abs=1e-4)
     assert full.score("", "ab")[0] < 0
+    short = Requests(wrap(llama, "mean_pool"), Letters(), keep=2, ratio=4.0)  # two tokens are no slot at 4
+    assert short.score("abcd", "ij")[0] == pytest.approx(full.score("abcd", "ij")[0], abs=1e-4)
     text = full.write("abcdefgh", [], 3)
     assert len(text) == 3 and full.write("abcdefgh", [text[1]], 3) == text[0]
 
