@@ -101,6 +101,8 @@ class PairsConfig(CompressorConfig):
     T_w: window that is never compressed.  r: share of pairs that come back.  M: memory tokens left alone.
     mode: kv or stream.  positions: original or compact ids for a shortened stream.
     hidden_dim: of the pair MLP; None: a quarter of the decoder's own MLP.
+    sinks: first pairs of a memory that always come back. Pretrained decoders park their attention on the
+    first token (Xiao et al. 2309.17453); merged with the second, it no longer serves.
     straight_through: let the loss reach the importance scores.
     """
 
@@ -111,6 +113,7 @@ class PairsConfig(CompressorConfig):
     mode: str = "kv"
     positions: str = "original"
     hidden_dim: int | None = None
+    sinks: int = 0
     straight_through: bool = False
 
 
@@ -166,7 +169,9 @@ class CompressedAttention(nn.Module):
             k = self.decoder.qkv(self.layer, merged)[1]
             k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
             scores = ops.importance(q, k, q.shape[-1] ** -0.5, split.asking, split.there)
-        selected = ops.select(scores, n, split.there)
+        first = torch.arange(P, device=h.device) < self.config.sinks
+        scores = scores.masked_fill(first, float("inf"))
+        selected = ops.select(scores, n.clamp_min(self.config.sinks), split.there)
         gate = ops.straight_through(scores, selected, split.there) if self.config.straight_through else None
         return merged, selected, gate
 
@@ -216,6 +221,8 @@ class Pairs(ContextCompressor):
             if getattr(config, name) not in allowed:
                 raise ValueError(f"pairs {name}={getattr(config, name)!r}; there are {' and '.join(allowed)}")
         ops.selected_count(torch.tensor([0]), config.r, config.M or 0)
+        if config.sinks < 0:
+            raise ValueError(f"pairs sinks={config.sinks}: a count of pairs, 0 or more")
         every = tuple(range(decoder.n_layers)) if config.mode == "kv" else (0,)
         chosen = every if config.layer_idx is None else tuple(sorted(set(config.layer_idx)))
         if not chosen or chosen[0] < 0 or chosen[-1] >= decoder.n_layers:
@@ -231,18 +238,21 @@ class Pairs(ContextCompressor):
         return own / (own + sum(p.numel() for p in self.decoder.model.parameters()))
 
     def slots_wanted(self, lengths: Tensor, ratio: float | None, budget: int | None) -> Tensor:
-        """Slots [B] of a compressed layer: by r and M, or as many as ratio or budget allow, at least P +
-        W."""
+        """Slots [B] of a compressed layer: by r and M, or as many as ratio or budget allow, at least P + W
+        and the sinks."""
         window = ops.window_length(lengths, self.config.T_w)
         pairs = (lengths - window) // 2
+        sinks = pairs.clamp_max(self.config.sinks)
         if ratio is None and budget is None:
-            return pairs + window + ops.selected_count(pairs, self.config.r, self.config.M or 0)
+            n = ops.selected_count(pairs, self.config.r, self.config.M or 0)
+            return pairs + window + torch.maximum(n, sinks)
         most = super().slots_wanted(lengths, ratio, budget)
-        if bool((most < pairs + window).any()):
-            row = int((pairs + window - most).argmax())
+        least = pairs + window + sinks
+        if bool((most < least).any()):
+            row = int((least - most).argmax())
             raise ValueError(
                 f"{int(lengths[row])} tokens with T_w={self.config.T_w} need at least "
-                f"{int((pairs + window)[row])} slots, as pairs halve the memory at most; "
+                f"{int(least[row])} slots, as pairs halve the memory at most; "
                 f"{int(most[row])} were asked for"
             )
         return most

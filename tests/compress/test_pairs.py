@@ -126,6 +126,24 @@ def test_slot_counts(llama, mode, length):
             c.compress(ids, budget=P + window - 1)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sinks", [1, 2, 9])
+def test_sinks_come_back(llama, mode, sinks):
+    """The first pairs are whole whatever their score, within the count that r gives where that is larger."""
+    ids, _ = batch([13])  # a window of 3, five pairs
+    plain, kept = make(llama, mode=mode, r=0.0), make(llama, mode=mode, r=0.0, sinks=sinks)
+    n = min(sinks, 5)
+    context, whole = kept.compress(ids), llama(ids, use_cache=True).past_key_values.layers[0]
+    assert context.slot_counts.unique().tolist() == [5 + n + 3]
+    assert plain.compress(ids).slot_counts.unique().tolist() == [8]
+    assert torch.allclose(context.layers[0].keys[:, :, : 2 * n], whole.keys[:, :, : 2 * n], atol=1e-5)
+    assert kept.slots_wanted(torch.tensor([13]), None, None).tolist() == [8 + n]
+    with pytest.raises(ValueError, match=f"at least {8 + n} slots"):
+        kept.compress(ids, budget=7 + n)
+    most = make(llama, mode=mode, r=0.8, sinks=1)
+    assert most.compress(ids).slot_counts.unique().tolist() == [5 + 4 + 3]
+
+
 def test_layers_may_differ(model):
     """Only the chosen layer is shortened; generate masks each layer for its own slots."""
     c = make(model, layer_idx=(1,), r=0.0)
@@ -254,6 +272,7 @@ def test_bad_settings(llama):
         ({"mode": "x"}, "kv and stream"),
         ({"r": 1.5}, "between 0 and 1"),
         ({"layer_idx": (7,)}, "0 to 1"),
+        ({"sinks": -1}, "0 or more"),
     ):
         with pytest.raises(ValueError, match=word):
             make(llama, **options)
