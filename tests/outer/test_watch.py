@@ -17,6 +17,7 @@ from rich.console import Console
 
 from tests.outer.test_async import IDENTITY, SECRET, serving
 from tests.outer.test_frames import TERMS, THETA, N
+from train.__main__ import main
 from train.outer import watch
 from train.outer.client import Link
 
@@ -37,6 +38,19 @@ def test_the_table_says_who_does_what(tmp_path: Path) -> None:
     text = out.getvalue()
     assert "version 1" in text and "100/200 steps in 2 shards" in text
     assert all(word in text for word in ("box-1", "working", "1,234", "1.2500", "MB"))
+
+
+def test_status_of_a_server_by_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    with serving(tmp_path) as server:
+        at = f"127.0.0.1:{server.address[1]}"
+        monkeypatch.setenv("LATENT_LAB_SECRET", SECRET.decode())
+        assert main(["status", at]) == 0
+        assert f"{at}  no worker yet" in capsys.readouterr().out
+        monkeypatch.setenv("LATENT_LAB_SECRET", "the secret of somebody else")
+        assert main(["status", at]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and "another secret" in error and "Traceback" not in error
+        assert server.core is None
 
 
 def test_an_address_is_no_folder(tmp_path: Path) -> None:

@@ -90,12 +90,11 @@ def console() -> Console:
 def table(address: str, found: dict[str, Any]) -> Table:
     """One row a worker; the title says where the run stands."""
     total, shards = found["total"], found["shards"]
-    done = (
-        f"{sum(shards):,}/{total * len(shards):,} steps in {len(shards)} shards"
-        if shards
-        else "no worker yet"
-    )
-    out = Table(title=f"{address}  version {found['version']}  {done}  {found['rejected']} pushes rejected")
+    title = f"{address}  no worker yet"
+    if shards:
+        done = f"{sum(shards):,}/{total * len(shards):,} steps in {len(shards)} shards"
+        title = f"{address}  version {found['version']}  {done}  {found['rejected']} pushes rejected"
+    out = Table(title=title)
     out.add_column("worker", overflow="fold")
     for title in (
         "state",
