@@ -1,12 +1,16 @@
 """The command line: what it prints, and exit code 2 with one clear line for every user error."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
+import dataset
 from dataset.__main__ import main
+from dataset.files import DatasetError
 
 
 def run(*argv, capsys):
@@ -85,6 +89,48 @@ def test_user_errors_exit_2_in_one_line(argv, message, corpus, byte_data, tmp_pa
     code, _, error = run(*filled, capsys=capsys)
     assert code == 2 and message in error and "Traceback" not in error
     assert error.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_bad_input_exits_2_and_leaves_what_is_there(corpus, tmp_path, capsys, monkeypatch):
+    """Empty corpus, a file that cannot be read, a full disk, an edited manifest, too long a context."""
+    out = tmp_path / "d"
+    assert run("prepare", "--source", corpus, "--out", out, capsys=capsys)[0] == 0
+    before = {p: p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "locked.txt").write_text("text")
+
+    def fails(argv, message):
+        code, _, error = run(*argv, capsys=capsys)
+        assert code == 2 and message in error and "Traceback" not in error
+        assert {p: p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()} == before
+
+    fails(["prepare", "--source", tmp_path / "empty.txt", "--out", tmp_path / "e"], "not one document")
+    fails(["prepare", "--source", tmp_path / "locked.txt", "--out", out], "holds another dataset")
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", refusing("locked.txt", errno.EACCES))
+        fails(["prepare", "--source", tmp_path / "locked.txt", "--out", tmp_path / "l"], "not permitted")
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", refusing(".tok.", errno.ENOSPC))
+        fails(["prepare", "--source", corpus, "--out", tmp_path / "f"], "no space left")
+    with pytest.raises(DatasetError, match="fewer than one row of context"):
+        dataset.open(out).view(context=10**9)
+    text = (out / "manifest.json").read_text()
+    (out / "manifest.json").write_text(text.replace('"eos_id": 256', '"eos_id": 255'))
+    before[out / "manifest.json"] = (out / "manifest.json").read_bytes()
+    for command in ("info", "verify", "decode"):
+        fails([command, out], "edited by hand or damaged")
+
+
+def refusing(part, number):
+    """An `open` that fails with an error number where the path holds `part`."""
+    real = open
+
+    def refuse(path, *args, **kwargs):
+        if part in str(path):
+            raise OSError(number, os.strerror(number))
+        return real(path, *args, **kwargs)
+
+    return refuse
 
 
 @pytest.mark.parametrize(
