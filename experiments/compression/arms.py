@@ -78,7 +78,7 @@ def arms(effort: Effort, ratio: float, ratios: tuple[float, ...], context: int) 
         Arm(VARIABLE, VARIABLE, {**variable, **auto}, rate),
         Arm(MATCHED, "autocompressor", auto, rate),
         Arm("pairs", "pairs", {"T_w": 8, "r": 0.0}, 1e-3),
-        Arm("pairs-sink", "pairs", {"T_w": 8, "r": 0.0, "sinks": 1}, 1e-3),
+        Arm("pairs-sink", "pairs", {"T_w": 8, "r": 0.0, "sinks": 1}, rate / 5),
         Arm(
             "clusters",
             "clusters",
