@@ -327,12 +327,21 @@ def test_playbooks_lint() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("drill", ["demo", "refusals"])
-def test_playbooks_on_live_nodes(drill: str) -> None:
-    """A cluster from an empty disk to a grown model; bad input and --check of every playbook."""
+def on_live_nodes(drill: str) -> int:
     from tests.cluster.plays import missing
 
     if why := missing():
         pytest.skip(why)
-    assert importlib.import_module(f"tests.cluster.{drill}").main([]) == 0
+    return importlib.import_module(f"tests.cluster.{drill}").main([])
+
+
+@pytest.mark.slow
+def test_playbooks_demo() -> None:
+    """From an empty disk to a grown model."""
+    assert on_live_nodes("demo") == 0
+
+
+@pytest.mark.slow
+def test_playbooks_refusals() -> None:
+    """Bad input against live nodes, and --check of every playbook."""
+    assert on_live_nodes("refusals") == 0
