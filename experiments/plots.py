@@ -66,14 +66,17 @@ def pareto(g: Found, metric: str, lower_is_better: bool) -> Figure:
     )
     for a, (name, cost) in zip(axes, costs):
         found = []
+        spread = [cost(case) for case in g.runs]
+        middle = (min(spread) + max(spread)) / 2
         for i, case in enumerate(g.runs):
             mean = g.mean(case, metric)
             if not mean.count:
                 continue
-            error = None if mean.half != mean.half else mean.half
-            a.errorbar(cost(case), mean.value, error, fmt=marker(i), color=colour(i), markersize=5)
-            a.annotate(case, (cost(case), mean.value), xytext=(4, 3), textcoords="offset points", fontsize=7)
-            found.append((float(cost(case)), mean.value))
+            x, error = float(cost(case)), None if mean.half != mean.half else mean.half
+            a.errorbar(x, mean.value, error, fmt=marker(i), color=colour(i), markersize=5)
+            side, shift = ("left", 4) if x <= middle else ("right", -4)  # names stay inside the axes
+            a.annotate(case, (x, mean.value), (shift, 3), textcoords="offset points", fontsize=7, ha=side)
+            found.append((x, mean.value))
         _front(a, front(found, lower_is_better))
         a.set_xlabel(name)
         a.margins(x=0.2)  # room for the names

@@ -105,7 +105,8 @@ def preface(sweep: Sweep, groups: Sequence[Found]) -> list[str]:
     left = "" if len(runs) >= wanted else f" {wanted - len(runs)} of {wanted} runs are not done yet."
     return [
         f"{len(runs)} runs, {budget} each; code {', '.join(codes)}.{left} Means over seeds ± half the 95 % "
-        f"interval; differences are paired by seed, and a tie where their interval holds 0.",
+        "interval; differences are paired by seed, and a tie where their interval holds 0. Tasks are shares "
+        "of right answers.",
         "",
         f"Rebuilt from `{FILE}` by `python -m experiments report {shown(sweep)}`.",
     ]
