@@ -10,8 +10,8 @@ Every candidate reads TOKENS ids a round from the page cache, so ids a second = 
 from __future__ import annotations
 
 import importlib
-import io
 import json
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -267,38 +267,57 @@ PEERS: list[tuple[str, Callable[[Dataset, Path], Callable[[], object]], float]] 
 
 
 def tokenizing(folder: Path) -> list[Case]:
-    """jsonl.zst to shards with the fast path, against the reference library encoding the same text."""
+    """jsonl.zst to shards: the reference against its library alone, the fast path against fastokens alone."""
+    train(("pystdlib",), 16_000, folder / "bpe", sample_bytes=4 * 2**20)
+    texts = python_sources("pystdlib")
+    bare = make(str(folder / "bpe"))
+    cases = [
+        shards_case(folder, "reference", texts, lambda: bare.encode_checked(texts), "tokenizers alone", 0.9)
+    ]
+    if fast.available():
+        many = texts + python_sources(sysconfig.get_path("purelib"))
+        encoder = fast.FastEncoder(bare)
+        never = [2**64 - 1] * len(many)  # hashes above the limit: nothing is checked again
+        alone = partial(encoder.encode, many, never)
+        cases.append(shards_case(folder, "fast", many, alone, "fastokens alone", None))
+    return cases
+
+
+def shards_case(
+    folder: Path, path: str, texts: list[str], alone: Callable[[], object], name: str, bar: float | None
+) -> Case:
+    """`prepare` of `texts` as one jsonl.zst, by the `path` "reference" or "fast"."""
     import zstandard
 
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    source = folder / f"{path}.jsonl.zst"
+    source.write_bytes(zstandard.compress(lines.encode()))
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    request = Request((str(source),), tokenizer=str(folder / "bpe"))
+
+    def whole() -> object:
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            return prepare(request, Path(out) / "shards", how=How(fast=path == "fast")).counts
+
+    ours = f"ours, {path}"
+    title = f"{size:.1f} MB of Python, jsonl.zst to shards"
+    return Case(title, [Candidate(name, alone), Candidate(ours, whole)], name, {ours: bar} if bar else {})
+
+
+def python_sources(source: str) -> list[str]:
+    """Texts of the Python files of a source, up to 64 MB."""
     from dataset.readers import Document, read
     from dataset.sources import find
 
-    inputs, _ = find("pystdlib", ReadOptions())
-    texts = [d.text for one in inputs for d in read(one, "text") if isinstance(d, Document) and d.text]
-    buffer = io.StringIO()
-    for text in texts:
-        buffer.write(json.dumps({"text": text}) + "\n")
-    (folder / "text.jsonl.zst").write_bytes(zstandard.compress(buffer.getvalue().encode()))
-    tokenizer = train(("pystdlib",), 16_000, folder / "bpe", sample_bytes=4 * 2**20)
-    size = sum(len(t.encode()) for t in texts) / 1e6
-    request = Request((str(folder / "text.jsonl.zst"),), tokenizer=str(folder / "bpe"))
-    state = {"n": 0}
-
-    def whole(use_fast: bool) -> Callable[[], object]:
-        def run() -> object:
-            state["n"] += 1
-            return prepare(request, folder / f"shards{state['n']}", how=How(fast=use_fast))
-
-        return run
-
-    candidates = [
-        Candidate("tokenizers alone", lambda: tokenizer.encode_checked(texts)),
-        Candidate("ours, reference", whole(False)),
-    ]
-    bars = {"ours, reference": 0.9}
-    if fast.available():
-        candidates.append(Candidate("ours, fastokens", whole(True)))
-    return [Case(f"{size:.1f} MB of Python, jsonl.zst to shards", candidates, "tokenizers alone", bars)]
+    texts, size = [], 0
+    for one in find(source, ReadOptions(include=("*.py",)))[0]:
+        for item in read(one, "text"):
+            if isinstance(item, Document) and item.text:
+                texts.append(item.text)
+                size += one.size
+        if size > 64e6:
+            break
+    return texts
 
 
 def hashing(data: Dataset) -> Case:
