@@ -61,7 +61,7 @@ class Lan:
             self._made.append(self._ns(name))
         settings = [str(self.folder), str(mbit), str(delay), str(loss), *self.nodes]
         self.switch = self.popen("sw", [sys.executable, str(SWITCH), *settings])
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while not (self.folder / "ready").exists():
             if time.monotonic() > end or self.switch.poll() is not None:
                 raise RuntimeError("the switch did not start")

@@ -106,7 +106,7 @@ class SshLan(Lan):
         words += [BOOT, "init", node, str(self.folder), str(sshd())]
         with open(self.folder / f"{node}.log", "ab") as log:
             self.inits[node] = self.popen(node, words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while not flag.exists():
             if time.monotonic() > end or self.inits[node].poll() is not None:
                 raise RuntimeError(f"{node} did not start: {(self.folder / f'{node}.log').read_text()}")
