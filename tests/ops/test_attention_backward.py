@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,6 +45,7 @@ def far(found: Tensor, want: Tensor) -> float:
 )
 def test_gradients_are_those_of_fp64(B, T, heads, kind, seed):
     """As near as torch's own bf16 gradient, within a factor: both keep P and dS in bf16."""
+    assume(kind is None or T <= backward.MOST_MASKED)
     S = T if kind is None else T + seed
     x = inputs(B, T, S, *heads, 16, seed)
     mask = None
