@@ -130,7 +130,7 @@ def options_of(argv: list[str]) -> argparse.Namespace:
     for item in early.sets:
         key, equals, value = item.partition("=")
         if not equals:
-            raise SystemExit(f"--set {item}: write KEY=VALUE")
+            first.error(f"--set {item}: write KEY=VALUE")
         extra.append(f"--{key.split('.')[-1]}={value}")
     return parser(early.method).parse_args([*argv, *extra])
 

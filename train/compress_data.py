@@ -163,19 +163,30 @@ def _records(path: Path) -> Iterator[dict[str, str]]:
         raise UserError(f"{path}: no such file") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
-    if isinstance(data, dict) and "Instances" in data:
-        yield from _instructions(data)
-    elif isinstance(data, list) and data and "choice_A" in data[0]:
-        yield from (_choices(r) for r in data)
-    elif isinstance(data, list):
-        yield from (_record(r, f"{path}[{i}]") for i, r in enumerate(data))
-    else:
+    try:
+        if isinstance(data, dict) and "Instances" in data:
+            yield from _instructions(data)
+            return
+        if isinstance(data, list) and data and "choice_A" in data[0]:
+            yield from (_choices(r) for r in data)
+            return
+    except (KeyError, IndexError, TypeError) as error:
+        raise UserError(
+            f"{path}: a field is missing or of another kind ({type(error).__name__}: {error}); compare it "
+            "with a task of Super-NaturalInstructions or with LongBench v2's data.json"
+        ) from None
+    if not isinstance(data, list):
         raise UserError(
             f"{path}: a list of records, a Super-NaturalInstructions task or a LongBench v2 file is needed"
         )
+    yield from (_record(r, f"{path}[{i}]") for i, r in enumerate(data))
 
 
-def _record(r: dict[str, Any], where: str) -> dict[str, str]:
+def _record(r: Any, where: str) -> dict[str, str]:
+    if not isinstance(r, dict):
+        raise UserError(
+            f"{where}: {str(r)[:40]!r} is no record; write an object with context, prompt and answer"
+        )
     if "text" in r:
         return {"text": str(r["text"])}
     prompt, answer = (

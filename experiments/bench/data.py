@@ -9,8 +9,10 @@ Every candidate reads TOKENS ids a round from the page cache, so ids a second = 
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import json
+import shutil
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
@@ -40,6 +42,7 @@ VOCAB = 32_000
 
 def cases() -> list[Case]:
     folder = Path(tempfile.mkdtemp(prefix="bench-data-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     data = corpus(folder)
     ours = reader(data)
     found = [random_rows(data)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -135,8 +136,6 @@ def test_resumes_bit_for_bit(place):
     ],
 )
 def test_mistakes_are_named(place, capsys, monkeypatch, change, word):
-    import re
-
     assert main([*command(place, "condense", "x"), *change]) == 2
     err = capsys.readouterr().err
     assert re.search(word, err) and "Traceback" not in err
@@ -155,8 +154,26 @@ def test_set_is_a_flag(place, capsys):
     assert main([*command(place, "pairs", "a"), "--set", "compress.r=0.4"]) == 0
     config = json.loads((place / "a" / "last" / "compressor_config.json").read_text())["config"]
     assert config["r"] == 0.4
-    with pytest.raises(SystemExit):
-        main([*command(place, "pairs", "b"), "--set", "rr=0.4"])
+    for wrong in ("rr=0.4", "compress.r"):
+        with pytest.raises(SystemExit) as stop:
+            main([*command(place, "pairs", "b"), "--set", wrong])
+        assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "content,word",
+    [
+        ({"Definition": "Add.", "Instances": [{"input": "1"}]}, "KeyError: 'output'"),
+        ([{"choice_A": "a", "context": "c"}], "choice_B"),
+        ([["a", "list"]], r"data.json\[0\]: .* is no record"),
+        ({"a": 1}, "a list of records"),
+    ],
+)
+def test_broken_files_are_named(place, capsys, tmp_path, content, word):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(content))
+    assert main([*command(place, "condense", "broken"), "--data_path", str(path)]) == 2
+    assert re.search(word, capsys.readouterr().err)
 
 
 def test_a_trained_compressor_is_scored(place, capsys):
