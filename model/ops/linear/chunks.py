@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops.documents import Documents
+from model.ops.dtypes import LOG2_E
 
 
 def operand(dtype: torch.dtype) -> torch.dtype:
@@ -97,17 +98,17 @@ class Chunks:
 
     def at_head(self, sums: Tensor, dtype: torch.dtype) -> Tensor:
         """exp, the decay from the state before the chunk to each token; 0 if that is another document's."""
-        decay = sums.to(dtype).exp()
+        decay = (sums * LOG2_E).to(dtype).exp2()
         return decay if self.head is None else decay * self.head
 
     def to_tail(self, sums: Tensor, dtype: torch.dtype) -> Tensor:
         """exp of the log decay from each token to the end of the chunk; 0 for another document's tokens."""
-        left = (sums[..., -1:, :] - sums).to(dtype)
-        return (left if self.tail is None else left.masked_fill(~self.tail, -torch.inf)).exp()
+        left = ((sums[..., -1:, :] - sums) * LOG2_E).to(dtype)
+        return (left if self.tail is None else left.masked_fill(~self.tail, -torch.inf)).exp2()
 
     def across(self, sums: Tensor, dtype: torch.dtype) -> Tensor:
         """[C, B, H, D, 1], the decay of a state across the chunk; 0 where it does not survive."""
-        decay = sums[..., -1:, :].mT.to(dtype).exp()
+        decay = (sums[..., -1:, :].mT * LOG2_E).to(dtype).exp2()
         return decay if self.keep is None else decay * self.keep
 
     def lower(self, pairs: Tensor, strict: bool = False) -> Tensor:

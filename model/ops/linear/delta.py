@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from model.ops.documents import Documents, zero_padding
-from model.ops.dtypes import at_least_fp32
+from model.ops.dtypes import LOG2_E, at_least_fp32
 from model.ops.linear.chunks import Chunks, operand
 from model.ops.linear.decay import EXACT_CHUNK, factors, running_sum
 
@@ -111,7 +111,8 @@ class _Pairs(NamedTuple):
             _, c = running_sum(g, layout, exact=True)
             return _Pairs(c, None, *factors(c, c, True, g.dtype))
         c = layout.running_sum(g.double().clamp_min(NOTHING))
-        left = (c - c.mT).to(g.dtype).masked_fill(~layout.causal, -torch.inf).exp()
+        powers = c * LOG2_E
+        left = (powers - powers.mT).to(g.dtype).masked_fill(~layout.causal, -torch.inf).exp2()
         return _Pairs(c, left, None, None)
 
     def scores(self, q: Tensor, k: Tensor, layout: Chunks) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.ops.attention.places import Places
-from model.ops.dtypes import at_least_fp32
+from model.ops.dtypes import LOG2_E, at_least_fp32
 from model.ops.ring.state import RingState
 
 
@@ -109,7 +109,7 @@ def _write(runs: _Runs, x: Tensor, log_a: Tensor, b: Tensor, start: RingState) -
     later = torch.cat([ar[:, :, 1:], torch.zeros_like(ar[:, :, :1])], 2)
     # Summed from the end: what matters is near it, and there the sums are small.
     tail = later.flip(2).cumsum(2).flip(2)
-    weighted = (xr * tail.exp()[..., None]).unflatten(3, (G, -1))
+    weighted = (xr * (tail * LOG2_E).exp2()[..., None]).unflatten(3, (G, -1))
     written = torch.einsum("bcqgn,bcqgrp->bcgrnp", br, weighted).flatten(2, 3)
     keys = br.sum(2)
     # Only a row's first run can be a segment's second part.

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops.documents import Documents
-from model.ops.dtypes import at_least_fp32
+from model.ops.dtypes import LOG2_E, at_least_fp32
 
 NOTHING = -1000.0  # exp of it is 0 in fp64 too; lower decays, -inf above all, would make sums inexact
 
@@ -156,7 +156,7 @@ class _Decays(NamedTuple):
 
 def _decays(log_a: Tensor, layout: _Layout, C: int, Q: int, operand: torch.dtype) -> _Decays:
     wide = log_a.dtype
-    a, docs = log_a.double().unflatten(1, (C, Q)), layout.docs
+    a, docs = (log_a.double() * LOG2_E).unflatten(1, (C, Q)), layout.docs  # powers of two, see LOG2_E
     if docs is None:
         L = a.cumsum(2)  # [B, C, Q, H]
         total = L[:, :, -1]  # [B, C, H]
@@ -166,16 +166,16 @@ def _decays(log_a: Tensor, layout: _Layout, C: int, Q: int, operand: torch.dtype
         total = (a * docs.tail).sum(2)
         after = _sum_in_runs(total * docs.through, docs.ends)
     Lh, after = L.transpose(2, 3), after.transpose(1, 2)
-    intra = (Lh[..., :, None] - Lh[..., None, :]).to(wide).masked_fill_(~layout.intra, -torch.inf).exp_()
+    intra = (Lh[..., :, None] - Lh[..., None, :]).to(wide).masked_fill_(~layout.intra, -torch.inf).exp2_()
     before = F.pad(after, (1, 0))  # [B, H, C+1]
     carry = (before[..., :, None] - after[..., None, :]).masked_fill_(~layout.carry, -torch.inf)
-    carry, tail = carry.to(wide).exp_(), (total[:, :, None] - L).to(wide)
-    head, init, through = (t.to(wide).exp() for t in (L, before, total))
+    carry, tail = carry.to(wide).exp2_(), (total[:, :, None] - L).to(wide)
+    head, init, through = (t.to(wide).exp2() for t in (L, before, total))
     if docs is None:
-        tail = tail.exp()
+        tail = tail.exp2()
     else:
         head, init, through = head * docs.head, init * docs.init, through * docs.through
-        tail = tail.masked_fill(~docs.tail, -torch.inf).exp()
+        tail = tail.masked_fill(~docs.tail, -torch.inf).exp2()
     return _Decays(
         intra.to(operand), head[..., None].to(operand), tail[..., None].to(operand), carry, init, through
     )
