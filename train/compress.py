@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 2 train/compress.py --method pairs --decoder PATH --data DIR --run-dir RUN
 
 Every option of a method is a flag of its own (`--method M --help` lists them) and a key of --set.
+Under torchrun write --set r=0.25 for --r, and --run-dir for --run: it takes both for options of its own.
 RUN/best holds the compressor with the lowest held-out loss, RUN/last the final one.
 Exit codes: 0 done; 2 something to put right; 3 diverged; 130 and 143 after a signal, when the step was saved.
 """

@@ -56,6 +56,11 @@ class RunScorer:
 
     @torch.no_grad()
     def write(self, context: str, until: list[str], max_new_tokens: int) -> str:
+        """Raises UserError for a model that cannot run token by token."""
+        try:
+            self.lm.init_state(1)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         ids = torch.tensor([self._ids(context)])
         with autocast(CPU, self.precision):
             made = self.lm.generate(ids, max_new_tokens=max_new_tokens, temperature=0.0)

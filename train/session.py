@@ -53,8 +53,9 @@ def run_all(request: Request) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    """Every rank says it: what went wrong may have gone wrong on one of them alone."""
+    rank = os.environ.get("RANK")
+    print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
     return code
 
 
@@ -154,6 +155,7 @@ def train(stage: Stage, state: TrainState, log: Log, world: World, signals: Sign
     event = "done" if finished else "stop"
     log.write("event", state.step, event=event, signal=signals.caught)
     world.on_main(lambda: rundir.set_status(stage.folder, "complete" if finished else "stopped", **where()))
+    team.everywhere(finished, world)  # a next stage grows from the first worker's run, which is closed now
     if finished:
         log.say(f"{stage.folder}: complete after {state.step} steps, {state.tokens:,} tokens")
         return 0

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from model.compress.autocompressor import DocumentOutput, SegmentCompressor
@@ -148,9 +148,9 @@ def _stored(folder: Path, name: str) -> Tensor | None:
     """One tensor of a checkpoint folder, whichever of its files holds it (safetensors, or .bin as weights
     only)."""
     for file in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(str(file))
-        if name in tensors:
-            return tensors[name]
+        with safe_open(str(file), "pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                return tensors.get_tensor(name)
     for file in sorted(folder.glob("*.bin")):
         tensors = torch.load(file, map_location="cpu", weights_only=True)
         if name in tensors:

@@ -154,7 +154,7 @@ class SnapKV(ContextCompressor):
         q = q.view(B, G, -1, T, K)
         logits = torch.einsum("bgntk,bgsk->bgnts", q, k) * K**-0.5
         seen = torch.ones(T, T, dtype=torch.bool, device=k.device).tril() & mask[:, None, :]
-        weights = logits.masked_fill(~seen[:, None, None], torch.finfo(k.dtype).min).softmax(-1)
+        weights = logits.masked_fill(~seen[:, None, None], torch.finfo(logits.dtype).min).softmax(-1)
         worth = (weights * asking[:, None, None, :, None]).sum(3).mean(2)
         worth = nn.functional.max_pool1d(worth, self.config.kernel, 1, self.config.kernel // 2)
         return worth.masked_fill(asking[:, None], float("inf"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.compress.base import ContextCompressor
 from model.compress.context import CompressedContext
-from model.compress.saving import FORMAT
+from model.compress.saving import FORMAT, write_json
 from model.compress.wrap import load_compressor
 
 
@@ -79,7 +79,7 @@ class Chain(ContextCompressor):
         names = [f"{i}_{stage.registered_name}" for i, stage in enumerate(self.stages)]
         for name, stage in zip(names, self.stages):
             stage.save(folder / name)
-        (folder / "compressor_config.json").write_text(json.dumps({"format": FORMAT, "chain": names}) + "\n")
+        write_json(folder / "compressor_config.json", {"format": FORMAT, "chain": names})
 
     @staticmethod
     def load(folder: str | Path, base_model: Any = None) -> Chain:

@@ -191,12 +191,12 @@ def answer(
     **asked: Any,
 ) -> list[str]:
     """First lines of what the decoder writes after each prompt; the context is compressed once for all."""
-    c = compressor
-    ids = torch.tensor([tokenizer.encode(context)])
+    c, device = compressor, next(compressor.decoder.model.parameters()).device
+    ids = torch.tensor([tokenizer.encode(context)], device=device)
     kept = c.compress(ids, **asked)
     out = []
     for question in questions:
-        prompt = torch.tensor([tokenizer.encode(question)])
+        prompt = torch.tensor([tokenizer.encode(question)], device=device)
         made = c.generate(prompt, kept, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
         text = tokenizer.decode(made[0, prompt.shape[1] :].tolist(), skip_special_tokens=True)
         out.append((text.strip().splitlines() or [""])[0].strip())

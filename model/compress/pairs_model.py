@@ -8,7 +8,6 @@ Shape legend: B batch  T time  T' shortened time  V vocabulary.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from model.compress.base import CompressorOutput
 from model.compress.decoder import Decoder
 from model.compress.pairs import Pairs, PairsConfig
 from model.compress.rows import checked_mask, pack
+from model.compress.saving import write_json
 
 
 class CompressedDecoderLayer(nn.Module):
@@ -114,7 +114,7 @@ class ModelWrapperPretrained(nn.Module):
             "r": config.r,
             "M": config.M,
         }
-        (Path(folder) / "compression_config.json").write_text(json.dumps(described, indent=2) + "\n")
+        write_json(Path(folder) / "compression_config.json", described)
 
 
 def _to_the_right(h: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,13 @@ from model.compress.decoder import Decoder
 FORMAT = "latent-lab-compressor-1"
 
 
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """A JSON file that is whole or absent."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    os.replace(partial, path)
+
+
 class Saved(nn.Module):
     """A module with a method name, a config and a decoder that is no submodule."""
 
@@ -43,9 +50,7 @@ class Saved(nn.Module):
         partial = folder / "adapter_model.safetensors.partial"
         save_file(tensors, str(partial), metadata={"format": "pt"})
         os.replace(partial, folder / "adapter_model.safetensors")
-        partial = folder / "compressor_config.json.partial"
-        partial.write_text(json.dumps(self.description(), indent=2, sort_keys=True) + "\n")
-        os.replace(partial, folder / "compressor_config.json")
+        write_json(folder / "compressor_config.json", self.description())
 
     def push_to_hub(self, repo_id: str, folder: str | Path) -> None:
         """Save to `folder` and upload it; needs a network and a login of huggingface_hub."""

@@ -21,6 +21,9 @@ pytestmark = pytest.mark.slow
 def two_ranks(words: list[str]) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    if "--r" in words:  # torchrun takes it for one of its own
+        at = words.index("--r")
+        words = [*words[:at], "--set", f"r={words[at + 1]}", *words[at + 2 :]]
     line = [*runner, "train/compress.py", *words]
     return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
 

@@ -47,10 +47,10 @@ class Link:
             answer = self.ask("join", meta, np.ascontiguousarray(theta, "float32").data)
         return bool(answer.meta["resumed"])
 
-    def lease(self, report: dict[str, Any] | None = None) -> tuple[Lease | None, np.ndarray]:
+    def lease(self) -> tuple[Lease | None, np.ndarray]:
         """The next work and θ [N] to start from, as soon as there is some; (None, θ) when the run is over."""
         while True:
-            answer = self.ask("wait", {"report": report})
+            answer = self.ask("wait", {})
             if answer.kind == "lease":
                 break
         theta = np.frombuffer(answer.body, "float32").copy()
@@ -60,7 +60,7 @@ class Link:
         return (Lease(**fields) if fields else None), theta
 
     def push(self, lease: int, seconds: float, code: np.ndarray, report: dict[str, Any] | None = None) -> str:
-        """The verdict on a delta, see `coordinator.VERDICTS`. Safe to repeat."""
+        """The verdict on a delta: applied, stale, outlier, nonfinite or lost. Safe to repeat."""
         meta = {"lease": lease, "seconds": seconds, "report": report}
         return str(self.ask("push", meta, np.ascontiguousarray(code).data).meta["verdict"])
 

@@ -24,7 +24,6 @@ from train.outer import rules
 from train.outer.layout import fingerprint
 
 NORMS = 128  # accepted pushes that an outlier is measured against
-VERDICTS = ("applied", "stale", "outlier", "nonfinite", "lost")
 
 
 @dataclass(frozen=True)
@@ -192,9 +191,9 @@ class Coordinator:
         for _, delta in self.window:
             self._apply(delta)
         self.window = []
-        for name, w in self.workers.items():
+        for w in self.workers.values():
             if w.state == "waiting":
-                self._dispatch(name, w)
+                self._dispatch(w)
 
     def _apply(self, g: np.ndarray) -> None:
         t, cut = self.terms, self.terms.plain_from
@@ -204,7 +203,7 @@ class Coordinator:
         self.theta[cut:] = old[cut:] - g[cut:] / t.cycle  # statistics are averaged, without momentum
         self.version += 1
 
-    def _dispatch(self, name: str, w: Worker) -> None:
+    def _dispatch(self, w: Worker) -> None:
         """A lease on the least visited shard that nobody works on; its last one when several tie."""
         taken = {v.lease.shard for v in self.workers.values() if v.lease and v.state != "gone"}
         free = [s for s, v in enumerate(self.visited) if s not in taken and v < self.terms.total]

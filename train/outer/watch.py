@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +68,16 @@ def is_address(text: str) -> bool:
 
 def status(address: str, secret_file: str | None = None, live: bool = False) -> None:
     """The server's table, once or until it is done or Ctrl-C. Raises UserError."""
-    link = Link(address, secret_of(secret_file), "", patience=5.0)
-    found = link.status()
-    if not live:
-        link.close()
-        console().print(table(address, found))
-        return
-    with suppress(KeyboardInterrupt), Live(table(address, found), auto_refresh=False) as view:
-        while not found["done"]:
-            time.sleep(REFRESH_S)
-            found = link.status()
-            view.update(table(address, found), refresh=True)
-    link.close()
+    with closing(Link(address, secret_of(secret_file), "", patience=5.0)) as link:
+        found = link.status()
+        if not live:
+            console().print(table(address, found))
+            return
+        with suppress(KeyboardInterrupt), Live(table(address, found), auto_refresh=False) as view:
+            while not found["done"]:
+                time.sleep(REFRESH_S)
+                found = link.status()
+                view.update(table(address, found), refresh=True)
 
 
 def console() -> Console:
