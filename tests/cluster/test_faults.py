@@ -211,16 +211,18 @@ def test_faults_power_off_and_cable(lan: Lan, tmp_path: Path, noise: tuple[float
     within(report("power off and cable cut", drill, core, stall=stall), noise)
 
 
-def test_faults_slow_worker(lan: Lan, tmp_path: Path, noise: tuple[float, float]) -> None:
+def test_faults_slow_worker(lan: Lan, tmp_path: Path) -> None:
     """A worker 4x slower gets fewer steps, and the others do not wait for it."""
-    drill = Drill(lan, tmp_path)
+    drill = Drill(lan, tmp_path, steps=200, shards=6)  # long enough for any start, and no worker without work
     drill.serve()
     for i in (1, 2, 3):
         drill.work(i, pace=PACE * (4 if i == 1 else 1))
     core = drill.finish()
     steps = {n: w.steps for n, w in core.workers.items()}
     assert steps["w1"] < 0.8 * min(steps["w2"], steps["w3"])
-    within(report("slow worker", drill, core, steps=steps, stall=nobody_waited(drill, [2, 3])), noise)
+    loss = report("slow worker", drill, core, steps=steps, stall=nobody_waited(drill, [2, 3]))
+    mean, noise = calm(200, 6)
+    assert loss <= mean + noise  # it may be lower: two at full pace average less than three
 
 
 def test_faults_bytes_on_the_interface(lan: Lan, tmp_path: Path) -> None:

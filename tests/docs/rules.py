@@ -29,6 +29,7 @@ FIT = (
     "python -m experiments.nowcast.fit runs/past --every 100 --history 5 --ahead 5 "
     "--out runs/nowcast.safetensors"
 )
+FIRST = "python -m experiments run experiments/first"
 IMPORT = "python -m model import smollm2-135m-instruct --out runs/smollm2"
 
 
@@ -78,6 +79,8 @@ RULES = (
     ),
     Rule(r"--help$", "run"),
     Rule(r"-m experiments run .*--dry-run", "run", needs=(PREPARE,)),
+    Rule(r"-m experiments run experiments/first$", "run", needs=(PREPARE,)),
+    Rule(r"-m experiments report experiments/first$", "run", needs=(FIRST,)),
     Rule(r"-m experiments run ", "run", "hours; the plan of its runs is made", ("--dry-run",), (PREPARE,)),
     Rule(r"-m experiments report ", "parsed", "there is nothing to report before the runs"),
     Rule(r"^" + re.escape(PREPARE), "run"),

@@ -191,9 +191,9 @@ class Coordinator:
         for _, delta in self.window:
             self._apply(delta)
         self.window = []
-        for w in self.workers.values():
-            if w.state == "waiting":
-                self._dispatch(w)
+        waiting = [w for w in self.workers.values() if w.state == "waiting"]
+        for w in sorted(waiting, key=lambda w: -w.speed):  # the last shards are not left to the slowest
+            self._dispatch(w)
 
     def _apply(self, g: np.ndarray) -> None:
         t, cut = self.terms, self.terms.plain_from
