@@ -169,6 +169,18 @@ def test_every_question_can_be_run(path) -> None:
     assert "prediction" in (path.parent / "README.md").read_text().lower()
 
 
+ANSWERED = [p for p in COMMITTED if summary.file_of(read(p)).is_file() and p.parent.name != "first"]
+
+
+@pytest.mark.parametrize("path", ANSWERED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_committed_tables_are_those_of_the_committed_runs(path, tmp_path) -> None:
+    """`report` makes them again, byte for byte, and plots under the names that the page shows."""
+    assert main(["report", str(path), "--out", str(tmp_path)]) == 0
+    made = next(tmp_path.glob("*.md"))
+    assert made.read_bytes() == (path.parent / made.name).read_bytes()
+    assert all((path.parent / p.name).is_file() for p in tmp_path.glob("*.png"))
+
+
 def test_intervals_and_verdicts() -> None:
     mean = Mean.of([1.0, 2.0, 3.0])
     assert mean.value == 2 and mean.half == pytest.approx(4.303 / math.sqrt(3))
