@@ -30,10 +30,16 @@ class LinearState(NamedTuple):
 
 
 class ShortConv(nn.Conv1d):
-    """Causal depthwise convolution of width W and SiLU over [B, T, C]; documents never mix."""
+    """Causal depthwise convolution of width W and SiLU over [B, T, C]; documents never mix.
+
+    It starts with the newest tap alone, as `attention` does: from torch's random taps, which blur what a token
+    is, models of width 128 were 0.16 (deltanet) and 0.40 (gla) bits per byte behind after 60,000 tokens.
+    """
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__(channels, channels, width, groups=channels, bias=False)
+        with torch.no_grad():
+            self.weight.zero_()[..., -1] = 1
 
     def forward(  # type: ignore[override]
         self, x: Tensor, state: Tensor | None, docs: Documents | None, backend: str
