@@ -32,7 +32,7 @@ class LinearState(NamedTuple):
 class ShortConv(nn.Conv1d):
     """Causal depthwise convolution of width W and SiLU over [B, T, C]; documents never mix.
 
-    It starts with the newest tap alone, as `attention` does: from torch's random taps, which blur what a token
+    It starts with the newest tap alone, as in `attention`: from torch's random taps, which blur what a token
     is, models of width 128 were 0.16 (deltanet) and 0.40 (gla) bits per byte behind after 60,000 tokens.
     """
 
