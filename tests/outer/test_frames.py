@@ -220,6 +220,23 @@ def test_a_clock_that_is_off_does_no_harm(tmp_path: Path) -> None:
     assert any("clock is -7200 s off" in line for line in server.lines)
 
 
+def test_a_journal_is_full_by_events_or_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart reads it whole, so 200 pushes of a large model are too much."""
+    journal = Journal(tmp_path, every=3)
+    journal.snapshot(lambda: ({}, {"theta": THETA}))
+    journal.append({}, bytes(100))
+    assert not journal.full()
+    monkeypatch.setattr("train.outer.journal.LARGE", 50)
+    monkeypatch.setattr("train.outer.journal.TIMES", 0)
+    assert journal.full()
+    monkeypatch.setattr("train.outer.journal.TIMES", 1000)
+    assert not journal.full()
+    journal.append({})
+    journal.append({})
+    assert journal.full()
+    journal.close()
+
+
 def test_a_journal_cut_anywhere_keeps_every_whole_event(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.snapshot(lambda: ({"x": 1}, {"theta": THETA}))

@@ -31,6 +31,8 @@ from train.errors import UserError
 
 HEAD = struct.Struct(">IQ")
 CHECK = 16
+LARGE = 64 << 20  # bytes of journal that may always gather; beyond, a few times the snapshot's own
+TIMES = 8
 NAME = re.compile(r"snapshot_(\d{8})\.safetensors")
 
 
@@ -68,17 +70,21 @@ class Journal:
     def replay(self) -> Iterator[tuple[dict[str, Any], bytes]]:
         """Events after the snapshot; the file is then open, cut behind the last whole one."""
         path = self._events(self.number)
-        data = path.read_bytes() if path.exists() else b""
-        at = 0
-        while at + HEAD.size <= len(data):
-            meta, body = HEAD.unpack_from(data, at)
-            end = at + HEAD.size + meta + body
-            if data[end : end + CHECK] != blake3.blake3(data[at:end]).digest(CHECK):
-                break
-            split = at + HEAD.size + meta
-            yield json.loads(data[at + HEAD.size : split]), data[split:end]
-            at = end + CHECK
-            self.events += 1
+        path.touch()
+        size, at = path.stat().st_size, 0
+        with open(path, "rb") as file:
+            while at + HEAD.size <= size:
+                head = file.read(HEAD.size)
+                meta, body = HEAD.unpack(head)
+                end = at + HEAD.size + meta + body + CHECK
+                if end > size:
+                    break
+                text, content = file.read(meta), file.read(body)
+                if file.read(CHECK) != blake3.blake3(head).update(text).update(content).digest(CHECK):
+                    break
+                yield json.loads(text), content
+                at = end
+                self.events += 1
         self._file = open(path, "ab")  # noqa: SIM115
         self._file.truncate(at)
 
@@ -109,7 +115,10 @@ class Journal:
             self._events(old).unlink(missing_ok=True)
 
     def full(self) -> bool:
-        return self.events >= self.every
+        """Whether it is time for a snapshot: `every` events, or more bytes than a restart should read."""
+        assert self._file is not None
+        large = max(LARGE, TIMES * self._snapshot(self.number).stat().st_size)
+        return self.events >= self.every or self._file.tell() > large
 
     def close(self) -> None:
         if self._file is not None:

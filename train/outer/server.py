@@ -58,6 +58,7 @@ class Server:
             self._sock = socket.create_server(listen, family=_family(listen[0]))
         except OSError as error:
             self.journal.close()
+            self._log.close()
             raise UserError(
                 f"{listen[0]}:{listen[1]}: cannot listen there ({error.strerror}); give another --listen, or "
                 f"stop what uses the port"
