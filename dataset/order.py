@@ -46,8 +46,8 @@ class Permutation:
         return self._walk(ids, self._backward)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """The same as a call, for increasing ids: computes CHUNK at a time and keeps the last. Not to be
-        written to."""
+        """The same as a call, for increasing ids: computes CHUNK at a time and keeps the last.
+        Not to be written to."""
         if not len(ids):
             return ids
         first, last = int(ids[0]), int(ids[-1])

@@ -29,8 +29,8 @@ PIECE = 8 * 2**20
 
 
 def as_url(path: str | os.PathLike) -> str | None:
-    """The URL that a path stands for, or None. `Path("s3://a/b")`, as a command line makes it, has lost a
-    slash."""
+    """The URL that a path stands for, or None. `Path("s3://a/b")`, as a command line makes it,
+    has lost a slash."""
     text = os.fspath(path)
     if "://" in text:
         return text

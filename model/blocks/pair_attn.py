@@ -114,8 +114,8 @@ class PairAttention(GroupedHeads):
         self, x: Tensor, places: Tensor, at: Places, state: PairState | None, seen: Tensor | None,
         docs: Docs | None,
     ) -> Pairs:  # fmt: skip
-        """Merged pairs of this call behind those of the state. A pair's key stands where its second token
-        does."""
+        """Merged pairs of this call behind those of the state.
+        A pair's key stands where its second token does."""
         B, D = x.shape[0], x.shape[2]
         index, new = compact((at.positions % 2 == 1) & (at.segments >= 0))
         before = token_before(x, None if state is None else state.last, docs)

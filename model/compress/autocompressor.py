@@ -105,8 +105,8 @@ class SegmentCompressor(ContextCompressor):
             yield
 
     def eos_row(self) -> Tensor:
-        """[E] the embedding of the end-of-text token (token 0 where there is none): where new vectors
-        begin."""
+        """[E] the embedding of the end-of-text token (token 0 where there is none):
+        where new vectors begin."""
         token = self.decoder.config.eos_token_id or 0
         token = token[0] if isinstance(token, (list, tuple)) else token
         return self.decoder.embedding.weight.detach()[token].clone().float()

@@ -145,8 +145,8 @@ def load_published(folder: str | Path) -> SegmentCompressor:
 
 
 def _stored(folder: Path, name: str) -> Tensor | None:
-    """One tensor of a checkpoint folder, whichever of its files holds it (safetensors, or .bin as weights
-    only)."""
+    """One tensor of a checkpoint folder, whichever of its files holds it (safetensors,
+    or .bin as weights only)."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), "pt") as tensors:
             if name in tensors.keys():  # noqa: SIM118 (it is no dict)

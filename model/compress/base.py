@@ -76,8 +76,8 @@ class ContextCompressor(Saved, ABC):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Entered around everything the decoder reads after a context: where a method adapts the decoder
-        itself."""
+        """Entered around everything the decoder reads after a context:
+        where a method adapts the decoder itself."""
         yield
 
     def learning_rates(self) -> dict[str, float]:

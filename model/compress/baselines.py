@@ -162,8 +162,8 @@ class SnapKV(ContextCompressor):
 
 @compressor("mean_pool")
 class MeanPool(ContextCompressor):
-    """Equal windows of the context, each one cache entry: the mean of its values and of its unrotated
-    keys."""
+    """Equal windows of the context, each one cache entry:
+    the mean of its values and of its unrotated keys."""
 
     gives = "cache"
 

@@ -34,8 +34,8 @@ def prefill(
 def join(
     decoder: Decoder, state: CompressedContext | None, layers: Sequence[LayerSlots]
 ) -> tuple[LayerSlots, ...]:
-    """The slots of `state`, layer by layer, followed by new ones. Layers that shared a mask go on sharing
-    one."""
+    """The slots of `state`, layer by layer, followed by new ones.
+    Layers that shared a mask go on sharing one."""
     if state is None:
         return tuple(layers)
     masks: dict[tuple[int, int], Tensor] = {}
@@ -71,8 +71,8 @@ def top_slots(scores: Tensor, mask: Tensor, slots: Tensor) -> tuple[Tensor, Tens
 
 
 def window_of(mask: Tensor, slots: Tensor) -> Tensor:
-    """int64 [B, T]: which of `slots` [B] equal windows of its row each packed token falls into (padding: the
-    last)."""
+    """int64 [B, T]: which of `slots` [B] equal windows of its row each packed token falls into (padding:
+    the last)."""
     lengths = mask.sum(1).clamp_min(1)
     t = torch.arange(mask.shape[1], device=mask.device)
     window = t * slots[:, None] // lengths[:, None]

@@ -63,8 +63,8 @@ def representatives(member: Tensor, mask: Tensor) -> Tensor:
 
 
 def prefix_quantile(s: Tensor, mask: Tensor, q: float) -> Tensor:
-    """[B, T]: quantile q over tokens i <= j of each token's highest similarity to an earlier one; 0 for the
-    first."""
+    """[B, T]: quantile q over tokens i <= j of each token's highest similarity to an earlier one;
+    0 for the first."""
     B, T, _ = s.shape
     earlier = (
         torch.ones(T, T, dtype=torch.bool, device=s.device).tril(-1) & mask[:, None, :] & mask[:, :, None]
@@ -135,8 +135,8 @@ def contrastive(z: Tensor, member: Tensor, mask: Tensor, margin: float) -> Tenso
 
 @dataclass(frozen=True)
 class SparseCode:
-    """Residual codes as stored: values uint8 [B, T, k], indices int16 [B, T, k], scale and low fp32 [B,
-    T]."""
+    """Residual codes as stored: values uint8 [B, T, k], indices int16 [B, T, k],
+    scale and low fp32 [B, T]."""
 
     values: Tensor
     indices: Tensor

@@ -82,8 +82,8 @@ class Clustered(NamedTuple):
 
 
 class ClusterLayer(nn.Module):
-    """Clustering of one layer's outgoing stream. tau is a buffer, so that the parachute's changes are
-    saved."""
+    """Clustering of one layer's outgoing stream. tau is a buffer,
+    so that the parachute's changes are saved."""
 
     tau: Tensor
 
@@ -249,8 +249,8 @@ class Clusters(ContextCompressor):
         return super().slots_wanted(lengths, ratio, budget)
 
     def _attention(self, i: int, h: Tensor, positions: Tensor, mask: Tensor) -> Tensor | None:
-        """Head-mean attention [B, T, T] of layer i over the stream that enters it, where the config uses
-        it."""
+        """Head-mean attention [B, T, T] of layer i over the stream that enters it,
+        where the config uses it."""
         if self.config.attention_weight <= 0:
             return None
         q, k, _ = self.decoder.qkv(i, h)

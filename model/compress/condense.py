@@ -54,8 +54,8 @@ class CondenseConfig(CompressorConfig):
 
 @compressor("condense")
 class Condense(ContextCompressor):
-    """Soft tokens [B, S, E], at positions 0, 1, ...; the text follows. Gradients reach P, LoRA, norm and
-    linear."""
+    """Soft tokens [B, S, E], at positions 0, 1, ...; the text follows. Gradients reach P, LoRA,
+    norm and linear."""
 
     Config = CondenseConfig
     pre_condensed_tokens: nn.Parameter

@@ -36,8 +36,8 @@ class Run(NamedTuple):
 
 
 class _Tape:
-    """Stands in for a cache during one layer: joins the past to the new keys and values, and notes the
-    new."""
+    """Stands in for a cache during one layer: joins the past to the new keys and values,
+    and notes the new."""
 
     def __init__(self, past: LayerSlots | None) -> None:
         self.past = past
@@ -138,8 +138,8 @@ class Decoder:
         return self.model.lm_head(h)
 
     def features(self, h: Tensor) -> Tensor:
-        """Residual stream after the last layer -> what the head reads, in the width of the embeddings [B, T,
-        E]."""
+        """Residual stream after the last layer -> what the head reads, in the width of the embeddings
+        [B, T, E]."""
         h = self.norm(h)
         project = getattr(self.body, "project_out", None)
         return h if project is None else project(h)
@@ -349,8 +349,8 @@ PACKAGED = "smollm2-135m-instruct"
 
 
 def load_decoder(name: str | Path, folder: str | Path = "models", dtype: torch.dtype = torch.float32) -> Any:
-    """A causal decoder from a folder, a hub name, or `smollm2-135m-instruct` (packaged, cached in
-    `folder`)."""
+    """A causal decoder from a folder, a hub name, or `smollm2-135m-instruct` (packaged,
+    cached in `folder`)."""
     path = packaged_folder(PACKAGED, folder) if str(name) == PACKAGED else name
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
 

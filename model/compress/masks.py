@@ -19,8 +19,8 @@ def lowest(dtype: torch.dtype) -> float:
 
 
 def attention_mask(h: Tensor, mask: Tensor, bias: Tensor | None, slots: LayerSlots | None) -> Tensor:
-    """Additive scores [B, 1, T, S+T]: slots for everybody, then the text, causal; masked keys get the lowest
-    float."""
+    """Additive scores [B, 1, T, S+T]: slots for everybody, then the text, causal;
+    masked keys get the lowest float."""
     B, T = mask.shape
     low = lowest(h.dtype)
     seen = mask[:, None, :] & torch.ones(T, T, dtype=torch.bool, device=h.device).tril()

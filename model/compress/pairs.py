@@ -31,8 +31,8 @@ class TokenCompressor(ops.PairMerge):
     """Merges the memory's pairs and leaves the window as it is: TokenCompressor(dim, hidden_dim)(x, T_w)."""
 
     def forward(self, x: Tensor, T_w: int) -> Tensor:
-        """x [B, T, D] -> [B, P + W, D]: merged memory, then the window of the last T_w tokens (one more if
-        odd)."""
+        """x [B, T, D] -> [B, P + W, D]: merged memory,
+        then the window of the last T_w tokens (one more if odd)."""
         L = memory_length(x.shape[1], T_w)
         return torch.cat([self.merge(ops.pair_up(x[:, :L])), x[:, L:]], 1)
 
@@ -49,9 +49,8 @@ class WindowAttentionScore(nn.Module):
         self.k_proj = nn.Linear(dim, dim, bias=False)
 
     def ImportanceScore(self, x: Tensor, T_w: int, x_compressed: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, P]. Keys come from the first P vectors of `x_compressed` [B, >= P, D], by
-        default from
-        the means of the pairs. With T <= T_w there is no memory, and P = 0."""
+        """x [B, T, D] -> [B, P]. Keys come from the first P vectors of `x_compressed` [B, >= P, D], by default
+        from the means of the pairs. With T <= T_w there is no memory, and P = 0."""
         L = memory_length(x.shape[1], T_w)
         pairs = ops.pair_up(x[:, :L])
         merged = pairs.mean(-2) if x_compressed is None else x_compressed[:, : L // 2]
@@ -72,8 +71,8 @@ def memory_length(T: int, T_w: int) -> int:
 
 
 def select_tokens(x: Tensor, scores: Tensor, T_w: int, r: float, M: float = 0) -> Tensor:
-    """Indices int64 [B, n] of the pairs to expand, in order, from their scores [B, P]; x [B, T, D] gives
-    T."""
+    """Indices int64 [B, n] of the pairs to expand, in order, from their scores [B, P]; x
+    [B, T, D] gives T."""
     P = memory_length(x.shape[1], T_w) // 2
     if scores.shape[1] != P:
         raise ValueError(
@@ -84,8 +83,8 @@ def select_tokens(x: Tensor, scores: Tensor, T_w: int, r: float, M: float = 0) -
 
 
 def interleave_selected_pure_tensor(x: Tensor, x_compressed: Tensor, selected_indices: Tensor) -> Tensor:
-    """Put selected pairs back: x [B, T, D], x_compressed [B, P+W, D], indices [B, n] in any order -> [B,
-    P+n+W, D]."""
+    """Put selected pairs back: x [B, T, D], x_compressed [B, P+W, D], indices
+    [B, n] in any order -> [B, P+n+W, D]."""
     P = x.shape[1] - x_compressed.shape[1]
     selected = torch.zeros(x.shape[0], P, dtype=torch.bool, device=x.device)
     selected = selected.scatter(1, selected_indices, True)
@@ -118,8 +117,8 @@ class PairsConfig(CompressorConfig):
 
 
 class Split(NamedTuple):
-    """Places of a packed row: pairs int64 [B, P, 2] with there [B, P]; window int64 [B, W] with asking [B,
-    W]."""
+    """Places of a packed row: pairs int64 [B, P, 2] with there [B, P]; window int64
+    [B, W] with asking [B, W]."""
 
     pairs: Tensor
     there: Tensor
@@ -158,8 +157,8 @@ class CompressedAttention(nn.Module):
     decoder: Decoder
 
     def choose(self, h: Tensor, split: Split, n: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Merged pairs [B, P, D] of the stream h [B, T, D], which n [B] of them come back [B, P], and the
-        straight-through gate."""
+        """Merged pairs [B, P, D] of the stream h [B, T, D], which n [B] of them come back [B, P],
+        and the straight-through gate."""
         P = split.there.shape[1]
         flat = split.pairs.flatten(1)[..., None].expand(-1, -1, h.shape[2])
         merged = self.token_compressor.merge(h.gather(1, flat).unflatten(1, (P, 2)))

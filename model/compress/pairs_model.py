@@ -39,8 +39,8 @@ class CompressedDecoderLayer(nn.Module):
 
 
 class ModelWrapperPretrained(nn.Module):
-    """A decoder whose stream is compressed at the layers `layer_idx`; everything but the pair MLPs is
-    frozen."""
+    """A decoder whose stream is compressed at the layers `layer_idx`;
+    everything but the pair MLPs is frozen."""
 
     def __init__(
         self,
@@ -88,8 +88,8 @@ class ModelWrapperPretrained(nn.Module):
         return CompressorOutput(loss, logits, losses={"window": loss})
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """All but the last token as compressed context, then the decoder's own `generate`; returns [B, T +
-        new]."""
+        """All but the last token as compressed context, then the decoder's own `generate`; returns
+        [B, T + new]."""
         c = self.compressor
         mask = checked_mask(input_ids, attention_mask, c.decoder.config.pad_token_id, "generate")
         ids, mask = pack(input_ids, mask, left=False)

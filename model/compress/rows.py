@@ -34,8 +34,8 @@ def checked_mask(ids: Tensor, mask: Tensor | None, pad: int | None, what: str) -
 
 
 def pack(ids: Tensor, mask: Tensor, left: bool = True) -> tuple[Tensor, Tensor]:
-    """Move every row's tokens to the left (or right) edge and cut columns nobody uses; padding becomes id
-    0."""
+    """Move every row's tokens to the left (or right) edge and cut columns nobody uses;
+    padding becomes id 0."""
     if not ids.shape[1]:
         return ids, mask
     lengths = mask.sum(1)

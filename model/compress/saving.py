@@ -42,8 +42,8 @@ class Saved(nn.Module):
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write compressor_config.json and adapter_model.safetensors: the method's own tensors and nothing
-        else."""
+        """Write compressor_config.json and adapter_model.safetensors:
+        the method's own tensors and nothing else."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.detach().contiguous().clone() for k, v in self.state_dict().items()}

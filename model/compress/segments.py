@@ -15,8 +15,8 @@ from model.compress.rows import pack
 
 
 def equal_segments(ids: Tensor, mask: Tensor, counts: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Packed rows [B, T] cut into `counts` [B] near-equal segments each; a row's later segments may be
-    empty."""
+    """Packed rows [B, T] cut into `counts` [B] near-equal segments each;
+    a row's later segments may be empty."""
     which = window_of(mask, counts)
     n = int(counts.max()) if counts.numel() else 0
     out = []
@@ -27,8 +27,8 @@ def equal_segments(ids: Tensor, mask: Tensor, counts: Tensor) -> list[tuple[Tens
 
 
 def given_segments(ids: Tensor, mask: Tensor, lengths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Columns [B, T] cut into segments of `lengths`. Raises ValueError unless they add up to T, each at
-    least 1."""
+    """Columns [B, T] cut into segments of `lengths`. Raises ValueError unless they add up to T,
+    each at least 1."""
     if sum(lengths) != ids.shape[1] or any(n < 1 for n in lengths):
         raise ValueError(
             f"segment_lengths {list(lengths)} must be positive and add up to the {ids.shape[1]} columns given"

@@ -22,8 +22,8 @@ register("nsa", Backend("cpu", nsa_cpu), Backend("reference", nsa_reference))
 
 
 class Pooled(NamedTuple):
-    """k [B, C, G, K], v [B, C, G, V]; at: Places [B, C] of each one's last token; number [B, C] in its
-    document."""
+    """k [B, C, G, K], v [B, C, G, V]; at: Places [B, C] of each one's last token; number
+    [B, C] in its document."""
 
     k: Tensor
     v: Tensor
