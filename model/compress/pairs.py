@@ -49,8 +49,8 @@ class WindowAttentionScore(nn.Module):
         self.k_proj = nn.Linear(dim, dim, bias=False)
 
     def ImportanceScore(self, x: Tensor, T_w: int, x_compressed: Tensor | None = None) -> Tensor:
-        """x [B, T, D] -> [B, P]. Keys come from the first P vectors of `x_compressed` [B, >= P, D], by default
-        from the means of the pairs. With T <= T_w there is no memory, and P = 0."""
+        """x [B, T, D] -> [B, P]. Keys come from the first P vectors of `x_compressed` [B, >= P, D], by
+        default from the means of the pairs. With T <= T_w there is no memory, and P = 0."""
         L = memory_length(x.shape[1], T_w)
         pairs = ops.pair_up(x[:, :L])
         merged = pairs.mean(-2) if x_compressed is None else x_compressed[:, : L // 2]
