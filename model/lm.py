@@ -82,9 +82,8 @@ class LanguageModel(nn.Module):
         self.config, self.vocab = config, vocab
         self.plan: Plan = make_plan(config)
         mup, eps = config.optim.mup, config.norm_eps
-        std = config.init_std or (
-            None if mup is None else mup.base**-0.5
-        )  # under muP the same at every width
+        # Under muP rows start alike at every width.
+        std = config.init_std or (None if mup is None else mup.base**-0.5)
         self.embed = Embed(vocab, config.dim, config.embed, rows, std)
         self.bank = nn.ModuleDict({name: build_module(spec, eps) for name, spec in self.plan.modules.items()})
         self.heads = nn.ModuleDict({name: make_head(config.dim, c, eps) for name, c in config.heads.items()})

@@ -169,9 +169,9 @@ class HeadConfig:
 class Config:
     """One configuration file, resolved: an architecture and how to train it.
 
-    init_std: of token rows trained from scratch; None: 1/sqrt(dim) (under muP 1/sqrt(mup.base)), which gives a
-              row norm 1 and tied logits unit variance. With 0.02 at width 128 the first blocks drown the token:
-              after 60,000 tokens attention was 0.40 bits per byte behind, samba 0.22.
+    init_std: of token rows trained from scratch; None: 1/sqrt(dim) (under muP 1/sqrt(mup.base)), which gives
+              a row norm 1 and tied logits unit variance. With 0.02 at width 128 the first blocks drown the
+              token: after 60,000 tokens attention was 0.40 bits per byte behind, samba 0.22.
     norm_eps: of the RMSNorms around blocks and before the unembedding (Qwen3 has 1e-6).
     """
 
