@@ -292,7 +292,7 @@ def test_two_ranks_equal_one(here, data) -> None:
 
 def test_user_errors_under_torchrun_end_every_rank(here, data) -> None:
     done = command("--arch", "tiny.yaml", "--data", data, "--set", "run.batch=3", cwd=here, ranks=2)
-    assert done.returncode != 0 and done.stderr.count("do not divide among 2 ranks") == 1
+    assert done.returncode != 0 and "error (rank 0): run.batch: 3 sequences do not divide" in done.stderr
     assert "exitcode  : 2" in done.stderr and not (here / "runs").exists()
 
 
