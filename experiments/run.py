@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -206,8 +205,11 @@ def run_line(sweep: Sweep, run: Run, folder: Path) -> summary.Line:
     lm = model.load(folder)
     metrics = summary.metrics_of(found, lm.output_head)
     if spec.prefill:
-        with suppress(ValueError):  # a router that looks ahead has no state, and no prefill
+        try:
             lm.init_state(1)
+        except ValueError:
+            pass  # a router that looks ahead has no state, and no prefill
+        else:
             metrics["prefill_ms"] = prefill_ms(lm, spec.prefill, run.config.run.precision)
     return {
         **identity(sweep, run, folder),

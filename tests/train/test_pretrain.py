@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -292,7 +293,11 @@ def test_two_ranks_equal_one(here, data) -> None:
 
 def test_user_errors_under_torchrun_end_every_rank(here, data) -> None:
     done = command("--arch", "tiny.yaml", "--data", data, "--set", "run.batch=3", cwd=here, ranks=2)
-    assert done.returncode != 0 and "error (rank 0): run.batch: 3 sequences do not divide" in done.stderr
+    said = re.findall(r"error \(rank (\d)\): run.batch: 3 sequences do not divide among 2 ranks", done.stderr)
+    assert (
+        done.returncode != 0 and said and len(said) == len(set(said))
+    )  # once a rank
+    assert done.stderr.count("do not divide among 2 ranks") == len(said)
     assert "exitcode  : 2" in done.stderr and not (here / "runs").exists()
 
 
