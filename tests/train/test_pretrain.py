@@ -294,9 +294,7 @@ def test_two_ranks_equal_one(here, data) -> None:
 def test_user_errors_under_torchrun_end_every_rank(here, data) -> None:
     done = command("--arch", "tiny.yaml", "--data", data, "--set", "run.batch=3", cwd=here, ranks=2)
     said = re.findall(r"error \(rank (\d)\): run.batch: 3 sequences do not divide among 2 ranks", done.stderr)
-    assert (
-        done.returncode != 0 and said and len(said) == len(set(said))
-    )  # once a rank
+    assert done.returncode != 0 and said and len(said) == len(set(said))  # once a rank
     assert done.stderr.count("do not divide among 2 ranks") == len(said)
     assert "exitcode  : 2" in done.stderr and not (here / "runs").exists()
 
