@@ -182,6 +182,8 @@ def speed(run: Run, data: Dataset, folder: Path) -> float:
     config = replace(
         run.config,
         run=replace(r, tokens=tokens, log_every=1, eval_every=0, save_every=0, eval_tokens=r.context),
+        # the study's own warm-up and decay may be longer than this
+        schedule=replace(run.config.schedule, kind="constant", warmup=PROBE_STEPS),
     )
     path = make(folder) / "probe.yaml"
     write_bytes(path, dumps(config).encode())

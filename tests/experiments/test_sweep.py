@@ -210,3 +210,14 @@ def test_a_sweep_is_run_resumed_and_measured(sweep, capsys) -> None:
     assert sum(a is not None for a in about) == 2
     assert main(["report", str(sweep)]) == 0
     assert main(["run", str(sweep), "--out", out]) == 0 and "done" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_sweep_with_a_budget_of_seconds_finds_its_length(sweep, capsys) -> None:
+    """sweep: eight steps show the speed, also where the study's own warm-up is longer than they are."""
+    text = sweep.read_text().replace("tokens: 256", "seconds: 2")
+    sweep.write_text(text.replace("seeds: 2", "seeds: 1\nset: {schedule.warmup: 10}"))
+    out = sweep.parent / "runs"
+    assert main(["run", str(sweep), "--only", "narrow context=32", "--out", str(out)]) == 0
+    case, run = summary.read(sweep.parent / "summaries.jsonl")
+    assert case["tokens"] > 20 * 64 and case["tokens"] % 64 == 0 and run["tokens"] == case["tokens"]
