@@ -29,7 +29,7 @@ test-gpu: $(STAMP)  ## every block and GPU backend against its reference on the 
 	$(PY) -m tests.gpu
 
 study-onion: $(STAMP)  ## does growing pay? the onion beside its controls, at equal FLOPs; resumable
-	$(PY) -m experiments.onion.study
+	$(MAKE) sweep Q=onion
 
 study-diloco: $(STAMP)  ## DiLoCo, async and delayed Nesterov in miniature; resumable
 	$(PY) -m experiments.diloco.study

@@ -39,8 +39,9 @@ def curves(g: Found) -> Figure:
         mean = [statistics.fmean(c[j][value] for c in kept) for j in at]
         low, high = ([f(c[j][value] for c in kept) for j in at] for f in (min, max))
         tokens = [kept[0][j][TOKENS] for j in at]
-        seconds = [statistics.fmean(c[j][SECONDS] for c in kept) for j in at]
-        xs = ([t / 1e6 for t in tokens], [t * work / 1e12 for t in tokens], seconds)
+        tokens_0, work_0, seconds_0 = g.before(case)
+        seconds = [statistics.fmean(c[j][SECONDS] for c in kept) + seconds_0 for j in at]
+        xs = ([(t + tokens_0) / 1e6 for t in tokens], [(t * work + work_0) / 1e12 for t in tokens], seconds)
         for a, x in zip(axes, xs):
             a.plot(x, mean, color=colour(i), linewidth=1.3, marker=marker(i), markersize=3, label=case)
             a.fill_between(x, low, high, color=colour(i), alpha=0.15, linewidth=0)
@@ -61,7 +62,7 @@ def pareto(g: Found, metric: str, lower_is_better: bool) -> Figure:
     tokens = {c: next(iter(runs.values()))["tokens"] for c, runs in g.runs.items()}
     costs = (
         ("thousand parameters", lambda c: g.cases[c]["parameters"] / 1e3),
-        ("training TFLOP", lambda c: g.cases[c]["flops_per_token"] * tokens[c] / 1e12),
+        ("training TFLOP", lambda c: (g.cases[c]["flops_per_token"] * tokens[c] + g.before(c)[1]) / 1e12),
         ("state at the context, KiB", lambda c: g.cases[c]["state_bytes"] / 1024),
     )
     for a, (name, cost) in zip(axes, costs):

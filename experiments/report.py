@@ -34,7 +34,7 @@ class Found:
     data:  what they were trained on.
     bases: {case: the one that it is compared with}.
     cases: {case: its line}, in the sweep's order.   runs: {case: {seed: line}}.
-    diverged: {case: runs that did}.
+    diverged: {case: runs that did}.   after: {case: the one whose weights it starts from}.
     """
 
     data: list[str]
@@ -42,6 +42,7 @@ class Found:
     cases: dict[str, Line]
     runs: dict[str, dict[int, Line]]
     diverged: dict[str, int]
+    after: dict[str, str]
 
     @property
     def name(self) -> str:
@@ -54,6 +55,19 @@ class Found:
 
     def mean(self, case: str, metric: str) -> Mean:
         return Mean.of(list(self.values(case, metric).values()))
+
+    def before(self, case: str) -> tuple[int, float, float]:
+        """Tokens, training FLOPs and mean seconds of the run whose weights a case starts from; 0 if none."""
+        first = self.after.get(case)
+        if first not in self.runs:
+            return 0, 0.0, 0.0
+        runs = list(self.runs[first].values())
+        tokens = runs[0]["tokens"]
+        return tokens, tokens * self.cases[first]["flops_per_token"], self.seconds(first)
+
+    def seconds(self, case: str) -> float:
+        """Mean over seeds, of this run alone."""
+        return Mean.of([r["seconds"] for r in self.runs[case].values() if r["seconds"] is not None]).value
 
     def metrics(self) -> list[str]:
         """Every metric, in the order in which runs name them."""
@@ -94,7 +108,8 @@ def group(sweep: Sweep, lines: Iterable[Line], data: Sequence[str]) -> Found:
     order = [c for c in sweep.cases if c in runs and c in known]
     bases = {c: sweep.base_of(c) for c in order}
     by_seed = {c: dict(sorted(runs[c].items())) for c in order}
-    return Found(list(data), bases, {c: known[c] for c in order}, by_seed, diverged)
+    after = {c: first for c in order if (first := sweep.cases[c].after) is not None}
+    return Found(list(data), bases, {c: known[c] for c in order}, by_seed, diverged, after)
 
 
 def preface(sweep: Sweep, groups: Sequence[Found]) -> list[str]:
@@ -103,8 +118,10 @@ def preface(sweep: Sweep, groups: Sequence[Found]) -> list[str]:
     codes = sorted({r["code"][:12] + ("+changes" if r["code"].endswith("+changes") else "") for r in runs})
     budget = next(f"{v:,.0f} {k}" for k, v in vars(sweep.spec.budget).items() if v is not None)
     left = "" if len(runs) >= wanted else f" {wanted - len(runs)} of {wanted} runs are not done yet."
+    whole = all(case.share == 1 for case in sweep.cases.values())
+    each = "each" if whole else "for a run and the one that it starts from"
     return [
-        f"{len(runs)} runs, {budget} each; code {', '.join(codes)}.{left} Means over seeds ± half the 95 % "
+        f"{len(runs)} runs, {budget} {each}; code {', '.join(codes)}.{left} Means over seeds ± half the 95 % "
         "interval; differences are paired by seed, and a tie where their interval holds 0. Tasks are shares "
         "of right answers.",
         "",
@@ -194,20 +211,20 @@ def cost_table(g: Found) -> list[str]:
     for case, line in g.cases.items():
         runs = list(g.runs[case].values())
         tokens = runs[0]["tokens"]
-        speed, seconds = (
-            Mean.of([r[k] for r in runs if r[k] is not None]) for k in ("tokens_per_s", "seconds")
-        )
+        tokens_before, work_before, seconds_before = g.before(case)
+        work = line["flops_per_token"] * tokens + work_before
+        speed = Mean.of([r["tokens_per_s"] for r in runs if r["tokens_per_s"] is not None])
         rows.append(
             [
                 case,
                 f"{line['parameters']:,}",
                 f"{line['trained']:,}",
                 f"{line['flops_per_token'] / 1e6:.2f}",
-                f"{line['flops_per_token'] * tokens / 1e12:.2f}",
-                f"{tokens / 1e6:.2f}",
+                f"{work / 1e12:.2f}",
+                f"{(tokens + tokens_before) / 1e6:.2f}",
                 f"{line['state_bytes'] / 1024:,.1f}",
                 f"{speed.value:,.0f}",
-                f"{seconds.value:.0f}",
+                f"{g.seconds(case) + seconds_before:.0f}",
             ]
         )
     return markdown(head, rows)

@@ -172,7 +172,7 @@ def tokens_of(sweep: Sweep, run: Run, data: Dataset, flops: float, root: Path) -
         assert budget.seconds is not None
         tokens = budget.seconds * speed(run, data, root / "probes" / sweep.key(run))
     step = r.batch * r.context
-    return max(1, round(tokens / step)) * step
+    return max(1, round(tokens * run.share / step)) * step
 
 
 def speed(run: Run, data: Dataset, folder: Path) -> float:

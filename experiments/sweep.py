@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,13 @@ class DataSpec:
 @dataclass(frozen=True)
 class CaseSpec:
     """arch: instead of the sweep's.  after: a case from whose weights (same data and seed) it starts.
+    share: of the budget, which is spent on this run: a case and the one it starts from can add up to 1.
     on: names of the datasets that it is trained on; none: all.  about: words for the report."""
 
     set_: dict[str, Any] = field(default_factory=dict)
     arch: str | None = None
     after: str | None = None
+    share: float = 1.0
     on: list[str] = field(default_factory=list)
     about: str = ""
 
@@ -95,6 +97,7 @@ class Run:
     """One training run: a case on one dataset with one seed.
 
     written: the architecture as written, patches applied, before defaults: {dotted key: value}.
+    share:   of the sweep's budget.
     """
 
     case: str
@@ -103,6 +106,7 @@ class Run:
     config: Config
     written: dict[str, Any]
     after: Run | None = None
+    share: float = 1.0
 
     @property
     def label(self) -> str:
@@ -139,10 +143,11 @@ class Sweep:
     def identity(self, run: Run) -> dict[str, Any]:
         """What makes a run what it is, besides the seed."""
         data, budget = self.spec.data[run.data], self.spec.budget
+        whole = {k: v for k, v in vars(budget).items() if v is not None}
         return {
             "config": run.written,
             "data": {"path": data.path, "make": data.make},
-            "budget": {k: v for k, v in vars(budget).items() if v is not None},
+            "budget": whole if run.share == 1 else {**whole, "share": run.share},
             "after": self.identity(run.after) if run.after else None,
         }
 
@@ -169,7 +174,7 @@ def read(path: Path) -> Sweep:
                 continue
             config, written = resolved[name]
             after = made[cases[name].after, data, seed] if cases[name].after else None  # type: ignore[index]
-            made[name, data, seed] = Run(name, data, seed, config, written, after)
+            made[name, data, seed] = Run(name, data, seed, config, written, after, cases[name].share)
     return Sweep(path, spec, cases, list(made.values()))
 
 
@@ -182,7 +187,7 @@ def expand(spec: SweepSpec) -> dict[str, CaseSpec]:
             suffix = "".join(f" {key.rpartition('.')[2]}={value}" for key, value in chosen.items())
             patch = {**dotted(case.set_), **chosen}
             after = case.after + suffix if case.after in spec.cases else case.after
-            out[name + suffix] = CaseSpec(patch, case.arch, after, case.on, case.about)
+            out[name + suffix] = replace(case, set_=patch, after=after)
     return out
 
 
@@ -207,6 +212,8 @@ def mistakes(spec: SweepSpec, cases: Mapping[str, CaseSpec]):
             yield f"cases.{name}.after: {case.after!r} is no case that starts from nothing"
         elif first is not None and (gone := trained_on(spec, case) - trained_on(spec, first)):
             yield f"cases.{name}.on: {case.after!r}, which it starts from, is not trained on {sorted(gone)}"
+        if not 0 < case.share <= 1:
+            yield f"cases.{name}.share: {case.share}: want a share of the budget, above 0 and up to 1"
         for wanted in case.on:
             if wanted not in spec.data:
                 yield f"cases.{name}.on: no data {wanted!r}; there are {', '.join(spec.data)}"

@@ -73,11 +73,13 @@ class RepeatNode:
            sequence   A A A B B B
            cycle_rev  A B A B B A
            A and B are the entries of the list, or the rounds of an entry that is an untied `repeat` itself.
+    frozen: what the list builds is not trained, as the first layers of a stack that is grown layer by layer.
     """
 
     repeat: int
     of: list[Node]
     tied: bool = False
+    frozen: bool = False
     order: Literal["cycle", "sequence", "cycle_rev"] = "cycle"
     mark: Mark = _mark()
 

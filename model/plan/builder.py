@@ -15,17 +15,21 @@ from model.schema import MemorySpec, Node, ShellNode, YocoNode
 
 @dataclass(frozen=True)
 class Place:
-    """Prefixes of site paths and of module names, the shell that is being built, the memory in reach."""
+    """Prefixes of site paths and of module names, the shell that is being built, the memory in reach.
+
+    frozen: whether a form around it freezes what is built here.
+    """
 
     site: str = ""
     module: str = "b"
     shell: ShellNode | None = None
     memory: MemorySpec | None = None
+    frozen: bool = False
 
     def spec(self, kind: Any, name: str, dim: int, params: dict[str, Any], mark: Any) -> ModuleSpec:
         """A bank module that belongs to this place."""
         frozen, shell = (self.shell.frozen, self.shell.name) if self.shell else (False, None)
-        return ModuleSpec(kind, name, dim, params, frozen, shell, mark)
+        return ModuleSpec(kind, name, dim, params, self.frozen or frozen, shell, mark)
 
 
 Form = Callable[["Builder", Any, int, Place], Iterable[Item]]

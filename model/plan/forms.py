@@ -40,10 +40,11 @@ def _layer(b: Builder, node: BlockNode, dim: int, at: Place) -> Visit:
         b.module(name, spec)
         return Visit(b.site(at.site + name), name, visit)
     first = b.modules[name]
-    if {**first.params, "visits": 0} != {**spec.params, "visits": 0} or first.dim != dim:
+    same = {**first.params, "visits": 0} == {**spec.params, "visits": 0}
+    if not same or (first.dim, first.frozen) != (dim, spec.frozen):
         b.errors.append(
-            f"{node.mark}: the bank {bank!r} was made at {first.mark} with other parameters or another width;"
-            " layers of one bank have the same, or give this one another `bank`"
+            f"{node.mark}: the bank {bank!r} was made at {first.mark} with other parameters, another width or"
+            " `frozen` otherwise; layers of one bank have the same, or give this one another `bank`"
         )
     b.modules[name] = replace(first, params=spec.params)
     return Visit(b.site(at.site + name), name, visit)
@@ -69,6 +70,8 @@ def repeat(b: Builder, node: RepeatNode, dim: int, at: Place) -> list[Item]:
     if node.repeat < 1:
         b.errors.append(f"{node.mark}: repeat: {node.repeat}: want at least 1")
         return []
+    if node.frozen:
+        at = replace(at, frozen=True)
     if node.tied:
         return tied(b, node.of, node.repeat, node.order, dim, at)
     return [item for _ in range(node.repeat) for item in b.nodes(node.of, dim, at)]

@@ -8,6 +8,10 @@ from model.schema import OnionNode
 
 
 def onion(b: Builder, node: OnionNode, dim: int, at: Place) -> tuple[Item, ...]:
+    if at.frozen:
+        b.errors.append(
+            f"{node.mark}: an onion inside a frozen `repeat`: its shells have `frozen` of their own"
+        )
     names = [s.name for s in node.onion]
     for i, shell in enumerate(node.onion):
         if shell.name in names[:i]:

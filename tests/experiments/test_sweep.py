@@ -10,10 +10,11 @@ import pytest
 
 from dataset.tasks import write as write_task
 from dataset.tokenizers import make
-from experiments import summary
+from experiments import plots, summary
 from experiments.__main__ import main
 from experiments.intervals import Mean, paired, verdict
 from experiments.plots import front
+from experiments.report import group
 from experiments.sweep import read
 from model.schema import ConfigError
 
@@ -31,7 +32,7 @@ data:
 cases:
   narrow: {about: as it is}
   wide: {set: {dim: 24, optim: {lr: 1e-3}}}
-  longer: {after: narrow}
+  longer: {after: narrow, share: 0.5}
 grid: {run.context: [32]}
 seeds: 2
 budget: {tokens: 256}
@@ -94,6 +95,7 @@ def test_runs_are_found_again_by_what_they_are(sweep) -> None:
 MISTAKES = {
     "unknown key": (("seeds: 2", "seed: 2"), "sweep.yaml:11:1: unknown key 'seed'; did you mean 'seeds'?"),
     "unknown block": (("dim: 24", "stack: [glaa]"), "did you mean 'gla'"),
+    "no share": (("share: 0.5", "share: 1.5"), "longer context=32.share: 1.5: want a share of the budget"),
     "two budgets": (
         ("tokens: 256", "tokens: 256, seconds: 3"),
         "exactly one of tokens, bytes, flops and seconds",
@@ -181,6 +183,19 @@ def test_committed_tables_are_those_of_the_committed_runs(path, tmp_path) -> Non
     assert all((path.parent / p.name).is_file() for p in tmp_path.glob("*.png"))
 
 
+def test_what_a_run_starts_from_is_counted(sweep) -> None:
+    """Tokens, FLOPs and seconds of the first part belong to the second part's cost."""
+    invent(sweep)
+    found = read(sweep)
+    g = group(found, summary.read(summary.file_of(found)), ["recall"])
+    assert g.before("longer context=32") == (256, 256 * 6e3, 2.0) and g.before("wide context=32") == (0, 0, 0)
+    xs = [list(line.get_xdata()) for line in plots.curves(g).axes[0].lines]
+    assert xs[2] == [x + 256e-6 for x in xs[0]]
+    summary.forget(found, lambda line: "narrow" in line["case"])  # its first part is not here
+    g = group(found, summary.read(summary.file_of(found)), ["recall"])
+    assert g.before("longer context=32") == (0, 0, 0)
+
+
 def test_intervals_and_verdicts() -> None:
     mean = Mean.of([1.0, 2.0, 3.0])
     assert mean.value == 2 and mean.half == pytest.approx(4.303 / math.sqrt(3))
@@ -202,7 +217,9 @@ def test_a_sweep_is_run_resumed_and_measured(sweep, capsys) -> None:
     assert [json.loads(line)["kind"] for line in lines] == ["case", "run"]
     assert main(["run", str(sweep), "--out", out]) == 0
     runs = [x for x in summary.read(sweep.parent / "summaries.jsonl") if x["kind"] == "run"]
-    assert len(runs) == 6 and all(r["metrics"]["prefill_ms"] > 0 and len(r["curve"]) == 3 for r in runs)
+    assert len(runs) == 6 and all(r["metrics"]["prefill_ms"] > 0 for r in runs)
+    assert [r["tokens"] for r in runs] == [256, 256, 256, 256, 128, 128]  # `longer` has half of the budget
+    assert [len(r["curve"]) for r in runs] == [3, 3, 3, 3, 2, 2]
     assert json.loads(lines[1]) in runs and 0 <= runs[0]["metrics"]["mqar"] <= 1
     folders = [p for p in Path(out).iterdir() if (p / "run.json").is_file()]
     assert len(folders) == 6

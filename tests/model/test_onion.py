@@ -211,6 +211,35 @@ def test_copy_deepening_repeats_the_old_layers():
     assert not report.fresh
 
 
+def test_a_stack_is_grown_layer_by_layer():
+    """With `frozen: true` on the old layers only the new ones and what is around the stack are trained."""
+    small = stack(2)
+    layers = [SWA, BlockNode("mlp", {})]
+    config = Config(dim=D, stack=[RepeatNode(2, layers, frozen=True), RepeatNode(2, layers)], name="plain")
+    deep, open_ = model.build(config, vocab=V), stack(4)
+    load_into(deep, small.config, small.state_dict())
+    old = {n: p.clone() for n, p in small.named_parameters() if n.startswith("bank.")}
+    assert deep.flops_per_token(16) < open_.flops_per_token(16)  # no weight gradients for half of it
+    train(deep, 2)
+    now = dict(deep.named_parameters())
+    assert all(torch.equal(now[n], old[n]) and not now[n].requires_grad for n in old)
+    assert all(p.requires_grad for n, p in now.items() if n not in old)
+
+
+def test_an_onion_does_not_stand_in_a_frozen_repeat():
+    node = RepeatNode(1, [OnionNode([shell(1)])], frozen=True)
+    with pytest.raises(model.ConfigError, match="inside a frozen `repeat`"):
+        model.build(Config(dim=D, stack=[node]), vocab=V)
+
+
+def test_a_first_shell_grows_into_either_reading():
+    one = onion(shell(1))
+    two = onion(shell(1, frozen=True), shell(2, blend=Blend(steps=4)), reading="whole")
+    load_into(two, one.config, one.state_dict())
+    with torch.no_grad():
+        assert torch.equal(one(tokens()).logits, two(tokens()).logits)
+
+
 def test_a_stack_that_is_no_prefix_is_refused():
     small = stack(2)
     other = model.build(Config(dim=D, stack=[RepeatNode(4, [BlockNode("mlp", {})])], name="other"), vocab=V)
