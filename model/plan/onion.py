@@ -10,7 +10,7 @@ from model.schema import OnionNode
 def onion(b: Builder, node: OnionNode, dim: int, at: Place) -> tuple[Item, ...]:
     if at.frozen:
         b.errors.append(
-            f"{node.mark}: an onion inside a frozen `repeat`: its shells have `frozen` of their own"
+            f"{node.mark}: an onion inside a frozen `repeat`: its shells have `frozen` themselves"
         )
     names = [s.name for s in node.onion]
     for i, shell in enumerate(node.onion):
