@@ -24,7 +24,7 @@ from dataset.files import write_json
 from experiments.commands import ROOT, ensure_data, run
 from experiments.compression import report
 from experiments.compression.arms import MATCHED, VARIABLE, Arm, Effort, arms, bounds, fitted, run_arm
-from experiments.compression.decoder import pretrained
+from experiments.compression.decoder import ARCH, pretrained
 from model.compress import load_decoder, load_tokenizer
 from model.compress.decoder import PACKAGED
 from train.compress_data import Example, Reading, read
@@ -107,6 +107,27 @@ def prepare(study: Study) -> tuple[Any, Any, list[Example], list[Example]]:
     return model, tokenizer, rows, held[: study.effort.examples]
 
 
+def refuse_others(study: Study) -> None:
+    """One folder, one study: results of another decoder or effort would stand in one table with these.
+
+    Raises SystemExit that says what differs.
+    """
+    arch = ARCH.read_text(encoding="utf-8") if study.decoder == "small" else study.decoder
+    mine = {
+        "decoder": arch, "pretrain_steps": study.pretrain_steps, "context": study.context,
+        "target": study.target, "ratio": study.ratio, "data": str(study.data), **vars(study.effort),
+    }  # fmt: skip
+    file = study.out / "study.json"
+    if file.exists() or any((study.out / "results").glob("*.json")):
+        made = json.loads(file.read_text()) if file.exists() else {}
+        if other := [key for key in mine if made.get(key) != mine[key]]:
+            raise SystemExit(
+                f"{study.out}: its results were made with another {', '.join(other)}; "
+                "give --out another folder, or move this one away"
+            )
+    write_json(file, mine)
+
+
 def result_file(study: Study, name: str, seed: int) -> Path:
     return study.out / "results" / f"{name}_{seed}.json"
 
@@ -130,6 +151,7 @@ def main(argv: Sequence[str] | None = None, summary: Path = HERE) -> int:
     study = parse(argv)
     left = todo(study)
     (study.out / "results").mkdir(parents=True, exist_ok=True)
+    refuse_others(study)
     if left:
         model, tokenizer, rows, held = prepare(study)
         ends = bounds(model, held)

@@ -83,6 +83,8 @@ def test_it_goes_on_where_it_stopped(place, capsys):
     assert (place / "toy.png").stat().st_size > 1000 and (place / "toy.json").exists()
     with pytest.raises(SystemExit, match="no arm"):
         main([*common, "--arms", "lost"], place)
+    with pytest.raises(SystemExit, match="made with another target, examples"):
+        main([*common, "--examples", "5", "--target", "6", "--arms", "last@4"], place)
 
 
 def test_the_matched_arm_takes_the_variable_ones_length():
