@@ -65,25 +65,19 @@ def act(args: argparse.Namespace, sweep: Sweep) -> int:
         print(write(sweep, args.out or sweep.path.parent))
         return 0
     if args.command == "forget":
-        stale = {line.partition(":")[0] for line in summary.changed(sweep, lines_of(sweep))}
-        gone = summary.forget(
-            sweep, lambda x: x["case"] in args.only or f"{x['case']} on {x['data']}" in stale
-        )
+        stale = summary.changed(sweep, summary.read(summary.file_of(sweep)))
+        gone = summary.forget(sweep, lambda x: x["case"] in args.only or (x["case"], x["data"]) in stale)
         print(f"{summary.file_of(sweep)}: {gone} lines dropped")
         return 0
-    from experiments.run import Options, plan_table, refuse_changed, run_sweep
+    from experiments.run import Options, plan_table, run_sweep
 
     options = Options(args.only, args.part, args.out)
     if args.dry_run:
         Console().print(plan_table(sweep, options))
-        refuse_changed(sweep)
+        summary.refuse_changed(sweep)
         return 0
     run_sweep(sweep, options, Console())
     return 0
-
-
-def lines_of(sweep: Sweep) -> list[summary.Line]:
-    return summary.read(summary.file_of(sweep))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from dataset.files import write_bytes
 from experiments import plots
+from experiments.commands import ROOT
 from experiments.intervals import Mean, paired, verdict
-from experiments.summary import FILE, Line, file_of, read
+from experiments.summary import Line, file_of, read, refuse_changed
 from experiments.sweep import Sweep
 from train.errors import UserError
 from train.page import page
@@ -77,7 +78,9 @@ class Found:
 
 
 def write(sweep: Sweep, out: Path) -> Path:
-    """Make the pages in `out`; returns the HTML page. Raises UserError when there is nothing to report."""
+    """Make the pages in `out`; returns the HTML page. Raises UserError when there is nothing to report,
+    or when the sweep is no longer that of its runs."""
+    refuse_changed(sweep)
     lines = read(file_of(sweep))
     names = [[data] for data in sweep.spec.data] if sweep.apart else [list(sweep.spec.data)]
     groups = [g for data in names if (g := group(sweep, lines, data)).runs]
@@ -114,10 +117,10 @@ def group(sweep: Sweep, lines: Iterable[Line], data: Sequence[str]) -> Found:
 
 def preface(sweep: Sweep, groups: Sequence[Found]) -> list[str]:
     runs = [r for g in groups for by_seed in g.runs.values() for r in by_seed.values()]
-    wanted = len(sweep.runs)
+    wanted, done = len(sweep.runs), len(runs) + sum(sum(g.diverged.values()) for g in groups)
     codes = sorted({r["code"][:12] + ("+changes" if r["code"].endswith("+changes") else "") for r in runs})
     budget = next(f"{v:,.0f} {k}" for k, v in vars(sweep.spec.budget).items() if v is not None)
-    left = "" if len(runs) >= wanted else f" {wanted - len(runs)} of {wanted} runs are not done yet."
+    left = "" if done >= wanted else f" {wanted - done} of {wanted} runs are not done yet."
     whole = all(case.share == 1 for case in sweep.cases.values())
     each = "each" if whole else "for a run and the one that it starts from"
     return [
@@ -125,13 +128,15 @@ def preface(sweep: Sweep, groups: Sequence[Found]) -> list[str]:
         "interval; differences are paired by seed, and a tie where their interval holds 0. Tasks are shares "
         "of right answers.",
         "",
-        f"Rebuilt from `{FILE}` by `python -m experiments report {shown(sweep)}`.",
+        f"Rebuilt from `{file_of(sweep).name}` by `python -m experiments report {shown(sweep)}`.",
     ]
 
 
 def shown(sweep: Sweep) -> str:
-    name = sweep.path.parent.name
-    return f"experiments/{name}" if sweep.path.stem == "sweep" else sweep.path.name
+    """The sweep as one types it in the project's folder; a `sweep.yaml` by its folder."""
+    path = sweep.path.resolve()
+    path = path.parent if path.stem == "sweep" else path
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def section(sweep: Sweep, g: Found, out: Path, stem: str) -> list[str]:
@@ -207,6 +212,8 @@ def cost_table(g: Found) -> list[str]:
         "tokens/s",
         "seconds",
     ]
+    timed = all("cpu_seconds" in r for runs in g.runs.values() for r in runs.values())
+    head += ["CPU seconds"] if timed else []  # older summaries have none
     rows = []
     for case, line in g.cases.items():
         runs = list(g.runs[case].values())
@@ -225,6 +232,7 @@ def cost_table(g: Found) -> list[str]:
                 f"{line['state_bytes'] / 1024:,.1f}",
                 f"{speed.value:,.0f}",
                 f"{g.seconds(case) + seconds_before:.0f}",
+                *([f"{Mean.of([r['cpu_seconds'] for r in runs]).value:.0f}"] if timed else []),
             ]
         )
     return markdown(head, rows)

@@ -6,6 +6,7 @@ written when its run is measured. `--part I/N` does every N-th run, so that mach
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -49,9 +50,9 @@ class Options:
 
 def run_sweep(sweep: Sweep, options: Options, console: Console) -> None:
     """Everything that is left to do. Raises UserError, ConfigError or DatasetError."""
-    refuse_changed(sweep)
+    summary.refuse_changed(sweep)
     todo = chosen(sweep, options)
-    root = options.out or ROOT / RUNS / sweep.name
+    root = (options.out or ROOT / RUNS / sweep.name).resolve()
     for i, run in enumerate(todo):
         found = next((x for x in summary.read(summary.file_of(sweep)) if is_of(x, run, sweep)), None)
         head = f"[{i + 1}/{len(todo)}] {run.label}"
@@ -62,24 +63,15 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> None:
         one(sweep, run, root)
 
 
-def refuse_changed(sweep: Sweep) -> None:
-    """Runs of another base would be compared with runs of this one. Raises UserError that names them."""
-    lines = summary.changed(sweep, summary.read(summary.file_of(sweep)))
-    if lines:
-        raise UserError(
-            f"{sweep.path}: what its runs were made of has changed since:\n  "
-            + "\n  ".join(lines)
-            + f"\nput it back, or drop those runs with\n  python -m experiments forget {sweep.path}"
-        )
-
-
 def chosen(sweep: Sweep, options: Options) -> list[Run]:
     """The runs that this call is about. Raises UserError for a case that does not exist."""
     for name in options.only:
         if name not in sweep.cases:
             raise UserError(f"--only {name}: no such case; there are {', '.join(sweep.cases)}")
     index, parts = options.part
-    mine = [run for n, run in enumerate(sweep.runs) if n % parts == index]
+    number = {sweep.key(run): n for n, run in enumerate(sweep.runs)}
+    # what starts from another run is in that run's part, where its folder is
+    mine = [run for run in sweep.runs if number[sweep.key(run.after or run)] % parts == index]
     return [run for run in mine if not options.only or run.case in options.only]
 
 
@@ -104,15 +96,23 @@ def one(sweep: Sweep, run: Run, root: Path) -> None:
         first = root / sweep.key(run.after)
         if rundir.status_of(first)["status"] != "complete":
             one(sweep, run.after, root)
+        if rundir.status_of(first)["status"] != "complete":  # diverged: so does this
+            summary.put(sweep, diverged(sweep, run, first))
+            return
         words += ["--init-from", first]
     try:
         command(*words)
     except SystemExit as stop:
         if stop.code == EXIT_DIVERGED:  # an answer too: the other cases go on
-            summary.put(sweep, {**identity(sweep, run, folder), "metrics": {}, **summary.measure(folder, "")})
+            summary.put(sweep, diverged(sweep, run, folder))
             return
         raise UserError(f"{run.label}: training ended with exit code {stop.code}; see above") from None
     summary.put(sweep, run_line(sweep, run, folder))
+
+
+def diverged(sweep: Sweep, run: Run, folder: Path) -> summary.Line:
+    """The line of a run without metrics; folder: of the run that ended in numbers that are none."""
+    return {**identity(sweep, run, folder), "metrics": {}, **summary.measure(folder, "")}
 
 
 def sized(run: Run, tokens: int) -> Config:
@@ -135,10 +135,20 @@ def data_path(path: str) -> Path:
 
 
 def case_line(sweep: Sweep, run: Run, data: Dataset, root: Path) -> summary.Line:
-    """What a case is, its length included. A length found earlier is kept: every seed has the same."""
+    """What a case is, its length included. A length found earlier is kept: every seed has the same.
+
+    Raises UserError when the dataset is not the one of the case's other runs.
+    """
     old = [x for x in summary.read(summary.file_of(sweep)) if x["kind"] == "case"]
     for line in old:
         if (line["case"], line["data"]) == (run.case, run.data):
+            if line["dataset"] != data.manifest["id"]:
+                raise UserError(
+                    f"{data.path}: is not the dataset that {run.case!r} was trained on before "
+                    f"({line['dataset'][:12]} then, {data.manifest['id'][:12]} now); bring that one, or drop "
+                    "its runs with\n"
+                    f"  python -m experiments forget {sweep.path} --only {run.case!r}"
+                )
             return line
     shape = describe(run.config, vocab=data.vocab, context=run.config.run.context)
     flops = shape.total("training")
@@ -149,6 +159,8 @@ def case_line(sweep: Sweep, run: Run, data: Dataset, root: Path) -> summary.Line
         "data": run.data,
         "digest": summary.identity_digest(sweep, run),
         "identity": sweep.identity(run),
+        "measured": sweep.measured(run),
+        "dataset": data.manifest["id"],
         "parameters": parameters["total"],
         "trained": parameters["trained"],
         "flops_per_token": short(flops),
@@ -169,14 +181,17 @@ def tokens_of(sweep: Sweep, run: Run, data: Dataset, flops: float, root: Path) -
     elif budget.flops is not None:
         tokens = budget.flops / flops
     else:
-        assert budget.seconds is not None
-        tokens = budget.seconds * speed(run, data, root / "probes" / sweep.key(run))
+        clock = "seconds" if budget.seconds is not None else "cpu_seconds"
+        tokens = getattr(budget, clock) * speed(run, data, root / "probes" / sweep.key(run), clock)
     step = r.batch * r.context
     return max(1, round(tokens * run.share / step)) * step
 
 
-def speed(run: Run, data: Dataset, folder: Path) -> float:
-    """Training tokens a second on this machine now, from a few steps (the first is left out)."""
+def speed(run: Run, data: Dataset, folder: Path, clock: str) -> float:
+    """Training tokens a second (of `seconds` or `cpu_seconds`) on this machine now, from a few steps.
+
+    The first is left out.
+    """
     r = run.config.run
     tokens = PROBE_STEPS * r.batch * r.context
     config = replace(
@@ -189,8 +204,9 @@ def speed(run: Run, data: Dataset, folder: Path) -> float:
     write_bytes(path, dumps(config).encode())
     words = ("--data", data.path.resolve(), "--run-dir", folder / "run", "--resume")
     command("train/pretrain.py", "--arch", path, *words)
-    found = [x["tokens_per_s"] for x in summary.records_of(folder / "run") if x["kind"] == "train"]
-    return statistics.median(found[1:] or found)
+    found = [x for x in summary.records_of(folder / "run") if x["kind"] == "train"]
+    pairs = itertools.pairwise(found)
+    return statistics.median((b["tokens"] - a["tokens"]) / (b[clock] - a[clock]) for a, b in pairs)
 
 
 def make(folder: Path) -> Path:
@@ -272,7 +288,7 @@ def shape_cells(sweep: Sweep, run: Run) -> list[str]:
         vocab = 260 if "smollm2" not in " ".join(sweep.spec.data[run.data].make) else None
     shape = describe(run.config, vocab=vocab, context=run.config.run.context)
     flops, budget = shape.total("training"), sweep.spec.budget
-    tokens = budget.tokens or (budget.flops / flops if budget.flops else None)
+    tokens = run.share * (budget.tokens or (budget.flops / flops if budget.flops else 0))
     return [
         f"{shape.parameters()['total']:,}",
         f"{flops / 1e6:.1f}",

@@ -1,9 +1,11 @@
 """What remains of a sweep's runs: `summaries.jsonl`, small enough to commit, all that a report reads.
 
     {"kind": "case", "case", "data", "digest", "identity": {config as written, data, budget, after},
-     "parameters", "trained", "flops_per_token", "state_bytes", "context", "tokens"}
+     "measured": {eval_tokens, prefill, tasks, samples}, "dataset": its id, "parameters", "trained",
+     "flops_per_token", "state_bytes", "context", "tokens"}
     {"kind": "run", "case", "data", "seed", "digest", "code", "torch", "metrics": {name: number},
-     "curve": [[tokens, seconds, held-out nats, bits per byte], ...], "tokens", "seconds", "tokens_per_s"}
+     "curve": [[tokens, seconds, held-out nats, bits per byte], ...], "tokens", "seconds", "cpu_seconds",
+     "tokens_per_s"}
 
 No metrics: the run diverged. A case's line is written before its first run, so that a later change of its
 base is noticed.
@@ -75,20 +77,33 @@ def identity_digest(sweep: Sweep, run: Run) -> str:
     return digest(canonical(sweep.identity(run)))[:16]
 
 
-def changed(sweep: Sweep, lines: Iterable[Line]) -> list[str]:
-    """A sentence for every case whose base, data or budget is not that of its runs."""
+def changed(sweep: Sweep, lines: Iterable[Line]) -> dict[tuple[str, str], str]:
+    """{(case, data): what differs} where base, data, budget or measure are not those of the runs."""
     runs = {(run.data, run.case): run for run in sweep.runs}
-    out = []
+    out = {}
     for line in lines:
         run = runs.get((line["data"], line["case"]))
-        if line["kind"] != "case" or run is None or line["digest"] == identity_digest(sweep, run):
+        if line["kind"] != "case" or run is None:
             continue
-        old, new = flat(line["identity"]), flat(sweep.identity(run))
+        old = flat({**line["identity"], "measured": line["measured"]})
+        new = flat({**sweep.identity(run), "measured": sweep.measured(run)})
         keys = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        if not keys:
+            continue
         differences = "; ".join(f"{k}: {old.get(k)!r} then, {new.get(k)!r} now" for k in keys[:4])
         more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
-        out.append(f"{run.case} on {run.data}: {differences}{more}")
+        out[run.case, run.data] = f"{run.case} on {run.data}: {differences}{more}"
     return out
+
+
+def refuse_changed(sweep: Sweep) -> None:
+    """Runs of another base would be compared with runs of this one. Raises UserError that names them."""
+    if lines := changed(sweep, read(file_of(sweep))).values():
+        raise UserError(
+            f"{sweep.path}: what its runs were made of has changed since:\n  "
+            + "\n  ".join(lines)
+            + f"\nput it back, or drop those runs with\n  python -m experiments forget {sweep.path}"
+        )
 
 
 def forget(sweep: Sweep, wanted: Callable[[Line], bool]) -> int:
@@ -116,12 +131,13 @@ def measure(folder: Path, head: str) -> dict[str, Any]:
             bits = (r.get("bpb") or {}).get(head)
             spent = seconds[at] if at is not None else 0.0
             curve.append([r["tokens"], short(spent), short(r["losses"].get(head)), short(bits)])
-    last = train[-1] if train else {"tokens": 0, "seconds": 0.0}
+    last = train[-1] if train else {"tokens": 0, "seconds": 0.0, "cpu_seconds": 0.0}
     speed = last["tokens"] / last["seconds"] if last["seconds"] else None
     return {
         "curve": curve,
         "tokens": last["tokens"],
         "seconds": short(last["seconds"]),
+        "cpu_seconds": short(last["cpu_seconds"]),
         "tokens_per_s": short(speed),
     }
 

@@ -12,7 +12,7 @@
     grid: {optim.lr: [1e-3, 3e-3]}     # times every case
     base: gla                          # others are paired against it (with a grid: at the same values)
     seeds: 3
-    budget: {tokens: 1e6}              # or {bytes: 4e6}, {flops: 1e13}, {seconds: 60}
+    budget: {tokens: 1e6}              # or {bytes: 4e6}, {flops: 1e13}, {seconds: 60}, {cpu_seconds: 60}
 
 What a run is follows from what is written: the architecture's file with everything that it extends, the
 patches, the data, the budget and the seed. Its folder is the digest of that, so a run is found again whatever
@@ -64,12 +64,14 @@ class CaseSpec:
 @dataclass(frozen=True)
 class BudgetSpec:
     """Of one run, exactly one of: training tokens, bytes of text (for datasets of unlike tokenizers),
-    training FLOPs, or seconds of training at the speed that a few steps on this machine show."""
+    training FLOPs, or seconds of training at the speed that a few steps on this machine show: by its clock
+    (it is to be idle), or in CPU seconds of the process, which other programs do not lengthen."""
 
     tokens: float | None = None
     bytes: float | None = None
     flops: float | None = None
     seconds: float | None = None
+    cpu_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,13 @@ class Sweep:
             "after": self.identity(run.after) if run.after else None,
         }
 
+    def measured(self, run: Run) -> dict[str, Any]:
+        """How a finished run is measured; another measure of the same run is no longer comparable."""
+        spec = self.spec
+        found = {"eval_tokens": spec.eval_tokens, "prefill": spec.prefill}
+        tasks = spec.data[run.data].tasks
+        return {**found, "tasks": tasks, "samples": spec.samples} if tasks else found
+
     def key(self, run: Run) -> str:
         """The name of the run's folder."""
         return digest(canonical({**self.identity(run), "seed": run.seed}))[:16]
@@ -203,7 +212,7 @@ def mistakes(spec: SweepSpec, cases: Mapping[str, CaseSpec]):
         yield f"base: no case {spec.base!r}; there are {', '.join(spec.cases)}"
     budget = [k for k, v in vars(spec.budget).items() if v is not None]
     if len(budget) != 1 or getattr(spec.budget, budget[0]) <= 0:
-        yield "budget: want exactly one of tokens, bytes, flops and seconds, above 0"
+        yield "budget: want exactly one of tokens, bytes, flops, seconds and cpu_seconds, above 0"
     if spec.seeds < 1 or spec.samples < 1 or spec.prefill < 0 or spec.eval_tokens < 1:
         yield "seeds, samples and eval_tokens: want at least 1; prefill at least 0"
     for name, case in cases.items():

@@ -51,7 +51,7 @@ def fit(state: TrainState, data: Feed, hooks: Hooks, config: Config, world: Worl
     if state.step == 0:
         hooks.evaluate(state)  # a grown model must start where the smaller one ended
     while not state.outer.finished(state):
-        began = time.perf_counter()
+        began = time.perf_counter(), time.process_time()
         place = state.outer.place(state.step)
         micros = data.micros(place.step, place.part)
         result = train_step(state, micros, config, world)
@@ -180,8 +180,9 @@ def step_or_skip(state: TrainState, lr: float, refused: str | None, config: Conf
         )
 
 
-def _timed(result: StepResult, began: float) -> StepResult:
-    return replace(result, seconds=time.perf_counter() - began)
+def _timed(result: StepResult, began: tuple[float, float]) -> StepResult:
+    wall, cpu = began
+    return replace(result, seconds=time.perf_counter() - wall, cpu_seconds=time.process_time() - cpu)
 
 
 def due(step: int, every: int) -> bool:

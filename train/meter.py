@@ -15,6 +15,7 @@ class StepResult:
     sums:    {head: (nats, weight of supervised tokens)}.
     aux:     auxiliary losses, already weighted.     loss: weighted heads + aux, what was minimised.
     refused: why the step was not taken, or None; see train.guard.
+    seconds: wall clock.   cpu_seconds: of this process, which other programs do not lengthen.
     """
 
     loss: float
@@ -25,11 +26,12 @@ class StepResult:
     refused: str | None
     tokens: int
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 @dataclass
 class Meter:
-    """Sums over the steps since the last log line, and the seconds of the whole run."""
+    """Sums over the steps since the last log line, and the seconds of the whole run (wall clock, CPU)."""
 
     steps: int = 0
     tokens: int = 0
@@ -39,10 +41,12 @@ class Meter:
     grad_norm: float = 0.0
     heads: dict[str, list[float]] = field(default_factory=dict)
     run_seconds: float = 0.0
+    run_cpu_seconds: float = 0.0
 
     def add(self, result: StepResult) -> None:
         self.seconds += result.seconds
         self.run_seconds += result.seconds
+        self.run_cpu_seconds += result.cpu_seconds
         self.tokens += result.tokens
         if result.refused:
             return  # its losses are not finite, or far off, and would hide the others
@@ -65,8 +69,9 @@ class Meter:
             "grad_norm": self.grad_norm / n,
             "tokens_per_s": self.tokens / self.seconds if self.seconds else math.nan,
             "seconds": self.run_seconds,
+            "cpu_seconds": self.run_cpu_seconds,
         }
-        self.__init__(run_seconds=self.run_seconds)  # type: ignore[misc]
+        self.__init__(run_seconds=self.run_seconds, run_cpu_seconds=self.run_cpu_seconds)  # type: ignore[misc]
         return means
 
     def state_dict(self) -> dict[str, Any]:

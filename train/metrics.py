@@ -3,7 +3,8 @@
 A record is one line of `metrics.jsonl`:
 
     {"kind": "train", "step", "tokens", "origin", "loss", "losses": {head}, "aux", "lr", "grad_norm",
-                      "tokens_per_s", "mfu", "skipped", "seconds", "outer": {...} where workers meet}
+                      "tokens_per_s", "mfu", "skipped", "seconds", "cpu_seconds",
+                      "outer": {...} where workers meet}
     {"kind": "eval",  "step", "tokens", "origin", "loss", "losses": {head}, "bpb": {head}, "stats": {...},
                       "ema": {"loss", "losses", "bpb"} with run.ema}
     {"kind": "event", "event": "start" | "resume" | "save" | "plateau" | "skip" | "stop" | "done" | ...}

@@ -64,6 +64,7 @@ def invent(path: Path) -> None:
             "context": 32,
         }
         identity = {"digest": summary.identity_digest(found, run), "identity": found.identity(run)}
+        identity |= {"measured": found.measured(run), "dataset": "0" * 64}
         case = {"kind": "case", "case": run.case, "data": run.data, **identity, **shape, "tokens": 256}
         metrics = {
             "bits_per_byte": 2 - gain + 0.01 * run.seed,
@@ -98,7 +99,7 @@ MISTAKES = {
     "no share": (("share: 0.5", "share: 1.5"), "longer context=32.share: 1.5: want a share of the budget"),
     "two budgets": (
         ("tokens: 256", "tokens: 256, seconds: 3"),
-        "exactly one of tokens, bytes, flops and seconds",
+        "exactly one of tokens, bytes, flops, seconds and cpu_seconds",
     ),
     "unknown base": (("seeds: 2", "base: broad"), "no case 'broad'"),
     "unknown task": (("mqar:pairs=4/8", "mqar:pair=4"), "no option 'pair'"),
@@ -230,9 +231,10 @@ def test_a_sweep_is_run_resumed_and_measured(sweep, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_with_a_budget_of_seconds_finds_its_length(sweep, capsys) -> None:
+@pytest.mark.parametrize("clock", ["seconds", "cpu_seconds"])
+def test_a_sweep_with_a_budget_of_time_finds_its_length(sweep, clock, capsys) -> None:
     """sweep: eight steps show the speed, also where the study's own warm-up is longer than they are."""
-    text = sweep.read_text().replace("tokens: 256", "seconds: 2")
+    text = sweep.read_text().replace("tokens: 256", f"{clock}: 2")
     sweep.write_text(text.replace("seeds: 2", "seeds: 1\nset: {schedule.warmup: 10}"))
     out = sweep.parent / "runs"
     assert main(["run", str(sweep), "--only", "narrow context=32", "--out", str(out)]) == 0
