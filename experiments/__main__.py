@@ -1,4 +1,4 @@
-"""`python -m experiments run | report | forget SWEEP.yaml`: ablations from a file to a page."""
+"""`python -m experiments run | report | merge | forget SWEEP.yaml`: ablations from a file to a page."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def parser() -> argparse.ArgumentParser:
     forget.add_argument(
         "--only", action="append", default=[], metavar="CASE", help="this case, changed or not"
     )
-    for command in (run, report, forget):
+    merge = commands.add_parser("merge", help="take in the summaries that parts of the sweep left elsewhere")
+    for command in (run, report, forget, merge):
         command.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="or the folder that it is in")
+    merge.add_argument("files", type=Path, nargs="+", metavar="summaries.jsonl", help="of other machines")
     return p
 
 
@@ -68,6 +70,10 @@ def act(args: argparse.Namespace, sweep: Sweep) -> int:
         stale = summary.changed(sweep, summary.read(summary.file_of(sweep)))
         gone = summary.forget(sweep, lambda x: x["case"] in args.only or (x["case"], x["data"]) in stale)
         print(f"{summary.file_of(sweep)}: {gone} lines dropped")
+        return 0
+    if args.command == "merge":
+        count = summary.merge(sweep, args.files)
+        print(f"{summary.file_of(sweep)}: {count} runs taken in")
         return 0
     from experiments.run import Options, plan_table, run_sweep
 

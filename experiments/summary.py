@@ -106,6 +106,33 @@ def refuse_changed(sweep: Sweep) -> None:
         )
 
 
+def merge(sweep: Sweep, files: Iterable[Path]) -> int:
+    """Take in the lines of other machines' files; how many runs were new.
+
+    Raises UserError, and takes in nothing, when a file is damaged or missing, was made of another sweep, or
+    has another length or dataset for a case.
+    """
+    have = {place(line): line for line in read(file_of(sweep))}
+    new: dict[tuple[str, str, str, int], Line] = {}
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; want a {FILE} that `python -m experiments run` wrote")
+        lines = read(file)
+        if stale := changed(sweep, lines).values():
+            raise UserError(f"{file}: was made of another sweep:\n  " + "\n  ".join(stale))
+        for line in lines:
+            other = {**have, **new}.get(place(line))
+            if other is not None and line["kind"] == "case" and line != other:
+                keys = [k for k in line if line[k] != other.get(k)]
+                raise UserError(
+                    f"{file}: {line['case']} differs in {', '.join(keys)} from the runs that are here"
+                )
+            if other is None:
+                new[place(line)] = line
+    put(sweep, *new.values())
+    return sum(line["kind"] == "run" for line in new.values())
+
+
 def forget(sweep: Sweep, wanted: Callable[[Line], bool]) -> int:
     """Drop lines; how many. Run folders stay where they are; safe among processes."""
     path = file_of(sweep)

@@ -11,6 +11,7 @@ samba of 0.4M parameters, about 0.5M tokens an arm, H = 20:
     dn           delayed Nesterov, N = 4
     dn_dylu      and dynamic local updates, with a grace period
 
+`--every H --workers k` ask the same of other rounds and other numbers of workers (the four speeds, repeated).
 Every arm tries the same inner learning rates on seed 0 and runs its best one on all seeds. Every run is one
 JSON file under runs/study-diloco; a second call goes on where the first stopped. Predictions stand in
 README.md; the measured answer is written to results.json, results.md and results.png.
@@ -51,9 +52,8 @@ SUMMARY = "DiLoCo, naive and delayed-Nesterov async, dynamic local updates: in m
 HERE = Path(__file__).resolve().parent
 RUNS = ROOT / "runs" / "study-diloco"
 DATA = ROOT / "data" / "pystdlib-bytes"
-K, H = 4, 20
 HOPELESS = 100  # refused pushes after which a run counts as diverged
-PACES = {"w0": 0.58, "w1": 0.75, "w2": 1.51, "w3": 3.33}
+SPEEDS = (0.58, 0.75, 1.51, 3.33)  # seconds a step
 LRS = (1.5e-3, 3e-3)
 OUTER_LRS = (0.35, 0.175, 0.0875)  # of naive_tuned; naive itself has 0.7
 
@@ -68,30 +68,48 @@ class Arm:
     rates: tuple[float, ...] = (0.7,)
 
 
-SYNC = {"delay": K, "dynamic": False, "grace": 1e9}
-ARMS = {
-    "single": Arm(steps=K),
-    "batch": Arm(batch=K),
-    "sync": Arm(SYNC),
-    "naive": Arm({"delay": 1, "dynamic": False}),
-    "naive_tuned": Arm({"delay": 1, "dynamic": False}, rates=OUTER_LRS),
-    "dn": Arm({"delay": K, "dynamic": False}),
-    "dn_dylu": Arm({"delay": K, "dynamic": True, "grace": 3.0}),
-}
+@dataclass(frozen=True)
+class Scale:
+    """workers: k, whose shards are k.  every: H, inner steps of a round."""
+
+    workers: int = 4
+    every: int = 20
+
+    def paces(self) -> dict[str, float]:
+        """{worker: seconds a step}."""
+        return {f"w{i}": SPEEDS[i % len(SPEEDS)] for i in range(self.workers)}
+
+    def arms(self) -> dict[str, Arm]:
+        k = self.workers
+        return {
+            "single": Arm(steps=k),
+            "batch": Arm(batch=k),
+            "sync": Arm({"delay": k, "dynamic": False, "grace": 1e9}),
+            "naive": Arm({"delay": 1, "dynamic": False}),
+            "naive_tuned": Arm({"delay": 1, "dynamic": False}, rates=OUTER_LRS),
+            "dn": Arm({"delay": k, "dynamic": False}),
+            "dn_dylu": Arm({"delay": k, "dynamic": True, "grace": 3.0}),
+        }
+
+
+ARMS = tuple(Scale().arms())
+ALONE = ("single", "batch")  # no outer loop
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run: an arm with its inner and outer learning rate, and a seed."""
+    """One run: an arm at a scale with its inner and outer learning rate, and a seed."""
 
     arm: str
     lr: float
     outer_lr: float
     seed: int
+    scale: Scale = Scale()
 
     @property
     def file(self) -> Path:
-        return RUNS / f"{self.arm}_lr{self.lr:g}_outer{self.outer_lr:g}_seed{self.seed}.json"
+        at = "" if self.scale == Scale() else f"_k{self.scale.workers}_h{self.scale.every}"
+        return RUNS / f"{self.arm}_lr{self.lr:g}_outer{self.outer_lr:g}_seed{self.seed}{at}.json"
 
 
 class Trainer:
@@ -130,7 +148,8 @@ class Trainer:
 
 def train(case: Case, config: Config, data: Any, steps: int) -> dict[str, Any]:
     """One run; held-out bits per byte of the outer parameters at its end and along the way."""
-    arm, curve = ARMS[case.arm], []
+    scale, curve = case.scale, []
+    arm, k = scale.arms()[case.arm], scale.workers
     config = replace(config, run=replace(config.run, seed=case.seed))
     heldout = data.view(config.run.context, seed=0, split="heldout")
     total, batch = steps * arm.steps, config.run.batch * arm.batch
@@ -147,10 +166,10 @@ def train(case: Case, config: Config, data: Any, steps: int) -> dict[str, Any]:
         for at in range(total):
             alone.step(0, at, batch)
             if (at + 1) % max(1, total // 8) == 0 or at + 1 == total:
-                score(alone.lm, (at + 1) * per_step, (at + 1) * PACES["w0"], at + 1 == total)
+                score(alone.lm, (at + 1) * per_step, (at + 1) * SPEEDS[0], at + 1 == total)
         return {"bpb": curve[-1]["bpb"], "curve": curve, "sent": 0}
-    outer = replace(config.outer, every=H, shards=K, lr=case.outer_lr, stale=10**6, **arm.outer)
-    workers = {name: Trainer(config, data, K, total, case.lr) for name in PACES}
+    outer = replace(config.outer, every=scale.every, shards=k, lr=case.outer_lr, stale=10**6, **arm.outer)
+    workers = {name: Trainer(config, data, k, total, case.lr) for name in scale.paces()}
     judge = next(iter(workers.values()))
     core = Coordinator(terms_of(outer, judge.fragments, total), judge.get())
 
@@ -162,7 +181,7 @@ def train(case: Case, config: Config, data: Any, steps: int) -> dict[str, Any]:
             workers[name].step(lease.shard, lease.first + i, batch)
         return workers[name].get()
 
-    marks: Iterator[int] = iter(range(0, K * total + 1, max(1, K * total // 8)))
+    marks: Iterator[int] = iter(range(0, k * total + 1, max(1, k * total // 8)))
     mark = next(marks)
 
     def watch(now: float, core: Coordinator) -> None:
@@ -175,7 +194,7 @@ def train(case: Case, config: Config, data: Any, steps: int) -> dict[str, Any]:
             judge.put(mine)
 
     try:
-        result = simulate(core, PACES, work, watch=watch)
+        result = simulate(core, scale.paces(), work, watch=watch)
     except FloatingPointError:
         return {"bpb": None, "curve": curve, "rejected": core.rejected}
     return {"bpb": curve[-1]["bpb"], "curve": curve, **vars(result), "rejected": core.rejected}
@@ -188,7 +207,7 @@ def result(case: Case, config: Config, data: Any, steps: int) -> dict[str, Any]:
         if found["steps"] == steps:
             return found
     print(f"{case.file.stem} ...", flush=True)
-    found = {"steps": steps, **vars(case), **train(case, config, data, steps)}
+    found = {"steps": steps, **vars(case), "scale": vars(case.scale), **train(case, config, data, steps)}
     write_json(case.file, found)
     print(f"  {found['bpb']:.4f} bits per byte", flush=True)
     return found
@@ -216,7 +235,7 @@ def summary(arms: dict[str, list[dict[str, Any]]]) -> str:
         hours = statistics.fmean([r["curve"][-1]["seconds"] for r in runs if r["curve"]] or [math.nan]) / 3600
         lines.append(
             f"| {name} | {mean.value:.3f} | ±{mean.half:.3f} | {runs[0]['lr']:g} "
-            f"| {runs[0]['outer_lr'] if ARMS[name].outer else '-'} | {hours:.2f} |"
+            f"| {runs[0]['outer_lr'] if name not in ALONE else '-'} | {hours:.2f} |"
         )
     share = closed({n: statistics.fmean(map(bpb, runs)) for n, runs in arms.items()})
     if share is not None:
@@ -248,19 +267,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.diloco.study", description=SUMMARY)
     parser.add_argument("--steps", type=int, default=250, help="steps of a worker (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds per arm (default %(default)s)")
-    parser.add_argument("--only", choices=ARMS, nargs="*", default=list(ARMS), help="arms (default: all)")
+    parser.add_argument("--only", choices=ARMS, nargs="*", default=ARMS, help="arms (default: all)")
+    parser.add_argument("--workers", type=int, default=4, metavar="k", help="(default %(default)s)")
+    parser.add_argument("--every", type=int, default=20, metavar="H", help="of a round (default %(default)s)")
     parser.add_argument("--lr", type=float, nargs="*", default=list(LRS), help="inner learning rates")
     args = parser.parse_args()
     if not (DATA / "manifest.json").is_file():
         run("-m", "dataset", "prepare", "--source", "pystdlib", "--tokenizer", "bytes", "--out", str(DATA))
     data, config = dataset.open(DATA), load(HERE / "samba_tiny.yaml")
     arms: dict[str, list[dict[str, Any]]] = {}
+    scale = Scale(args.workers, args.every)
     for name in args.only:
-        grid = [Case(name, lr, rate, 0) for lr in args.lr for rate in ARMS[name].rates]
+        grid = [Case(name, lr, rate, 0, scale) for lr in args.lr for rate in scale.arms()[name].rates]
         best = min(grid, key=lambda c: bpb(result(c, config, data, args.steps)))
         arms[name] = [result(replace(best, seed=s), config, data, args.steps) for s in range(args.seeds)]
     print(summary(arms))
-    if set(args.only) == set(ARMS):
+    if set(args.only) == set(ARMS) and scale == Scale():
         (HERE / "results.md").write_text(summary(arms))
         write_json(HERE / "results.json", {"settings": vars(args), "arms": arms})
         plot(arms, HERE / "results.png")

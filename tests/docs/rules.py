@@ -29,6 +29,12 @@ FIT = (
     "python -m experiments.nowcast.fit runs/past --every 100 --history 5 --ahead 5 "
     "--out runs/nowcast.safetensors"
 )
+REFERENCE = (
+    "python train/pretrain.py --arch samba.yaml --run runs/reference --set dim=192 --set run.steps=400"
+)
+TAUGHT = (
+    "python -m dataset continue data/pystdlib --model smollm2-135m-instruct --documents 500 --out data/taught"
+)
 FIRST = "python -m experiments run experiments/first"
 IMPORT = "python -m model import smollm2-135m-instruct --out runs/smollm2"
 
@@ -42,7 +48,7 @@ SMALL = sets(steps=2, batch=2, context=64, eval_tokens=256)
 ONION = (*SMALL, "--set", "schedule.warmup=0")  # its own is 20 steps
 NARROW = ("--set", "dim=192")
 PLACEHOLDER = (
-    r"\.\.\.|\b(ARCH|BRANCH|DATA|DIR|FILE|HEAD|HOST|METHOD|PATH|RUN|RUNS|SWEEP|TOKENIZER)\b|\bA B C\b"
+    r"\.\.\.|\b(ARCH|BRANCH|DATA|DIR|FILE|HEAD|HOST|METHOD|PATH|RUN|RUNS|SIDECAR|SWEEP|TOKENIZER)\b|\bA B C\b"
 )
 BARE = r"^python -m \w+ \w+$|^torchrun train/pretrain.py$"
 
@@ -77,6 +83,7 @@ RULES = (
     Rule(
         r"compression\.study", "parsed", "an hour; tests/experiments/test_compression_study.py runs it small"
     ),
+    Rule(r"experiments\.diloco\.study --only", "parsed", "an hour; the fast suite runs its coordinator"),
     Rule(r"--help$", "run"),
     Rule(r"-m experiments run .*--dry-run", "run", needs=(PREPARE,)),
     Rule(r"-m experiments run experiments/first$", "run", needs=(PREPARE,)),
@@ -107,6 +114,16 @@ RULES = (
     Rule(
         r"--run runs/past", "run", "a whole run", (*SMALL, *NARROW, *sets(steps=12, save_every=1)), (PREPARE,)
     ),
+    Rule(r"--run runs/reference", "run", "400 steps", SMALL, (PREPARE,)),
+    Rule(
+        r"-m dataset score data/pystdlib --model runs/reference",
+        "run",
+        "all of the text",
+        ("--split", "heldout"),
+        (REFERENCE,),
+    ),
+    Rule(r"-m dataset continue", "run", "500 documents", ("--documents", "2", "--new", "8"), (PREPARE,)),
+    Rule(r"--run runs/taught", "run", "a whole run", SMALL, (TAUGHT,)),
     Rule(r"nowcast\.fit", "run", "2,000 steps", ("--every", "1", "--steps", "2"), (PAST,)),
     Rule(r"--run runs/jumping", "run", "a whole run", SMALL + NARROW, (FIT,)),
     Rule(r"--run runs/wiener", "run", "a whole run", SMALL + NARROW, (PREPARE,)),

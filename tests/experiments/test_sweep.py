@@ -197,6 +197,27 @@ def test_what_a_run_starts_from_is_counted(sweep) -> None:
     assert g.before("longer context=32") == (0, 0, 0)
 
 
+def test_parts_are_merged(sweep, tmp_path, capsys) -> None:
+    """What other machines measured is taken in once; another sweep's, or another length, is refused."""
+    invent(sweep)
+    file = sweep.parent / "summaries.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    there = tmp_path / "there.jsonl"
+    there.write_text("".join(lines[:3] + lines[5:]))
+    file.write_text("".join(lines[:6]))
+    assert main(["merge", str(sweep), str(there)]) == 0 and "3 runs taken in" in capsys.readouterr().out
+    assert file.read_text() == "".join(lines)
+    assert main(["merge", str(sweep), str(there)]) == 0 and "0 runs taken in" in capsys.readouterr().out
+    for old, new, word in (
+        ('"state_bytes": 512', '"state_bytes": 5', "differs in state_bytes"),
+        ('"eval_tokens": 64', '"eval_tokens": 65', "another sweep"),
+    ):
+        there.write_text("".join(lines).replace(old, new))
+        assert main(["merge", str(sweep), str(there)]) == 2 and word in capsys.readouterr().err
+        assert file.read_text() == "".join(lines)
+    assert main(["merge", str(sweep), str(tmp_path / "none.jsonl")]) == 2
+
+
 def test_intervals_and_verdicts() -> None:
     mean = Mean.of([1.0, 2.0, 3.0])
     assert mean.value == 2 and mean.half == pytest.approx(4.303 / math.sqrt(3))
