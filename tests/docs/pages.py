@@ -7,7 +7,6 @@ A command is a line of a code block without a language (or bash), or inline code
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,10 +39,6 @@ class Command:
 
     page: str
     text: str
-
-    @property
-    def words(self) -> list[str]:
-        return shlex.split(self.text)
 
 
 def pages() -> list[Path]:

@@ -74,6 +74,7 @@ def test_a_wrong_flag_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         "python -m model shew samba",
         "make no-such-target",
         "bash train/run/gone.sh",
+        "ansible-playbook -i inventory.yml playbooks/gone.yml",
     ):
         with pytest.raises((AssertionError, SystemExit, config.ConfigError)):
             check(shlex.split(text), monkeypatch)
@@ -92,6 +93,10 @@ def check(words: list[str], patch: pytest.MonkeyPatch) -> None:
         shown = [w for w in rest if w != "..."]
         launch = get_args_parser().parse_args(shown)
         check_python([launch.training_script, *launch.training_script_args], "..." in rest, patch)
+    elif program in ("ansible-playbook", "play"):
+        books = [w for w in rest if w.endswith(".yml") and "/" not in w.removeprefix("playbooks/")]
+        gone = [b for b in books if not (ROOT / "playbooks" / b.removeprefix("playbooks/")).is_file()]
+        assert not set(gone) - {"inventory.yml", "vault.yml"}, gone  # those are the reader's
     elif program == "python":
         check_python([w for w in rest if w != "..."], "..." in rest, patch)
 
