@@ -17,7 +17,8 @@ import torch
 
 from model.compress import clustering as ops
 from model.compress import load_compressor, load_decoder, load_tokenizer, wrap
-from model.compress.clusters import ClusterLayer, Clusters
+from model.compress.cluster_layer import ClusterLayer
+from model.compress.clusters import Clusters
 
 
 @torch.no_grad()

@@ -216,7 +216,7 @@ class ContextCompressor(Saved, ABC):
             last = (context.slot_mask * torch.arange(1, S + 1, device=h.device)).argmax(1)
             first = self.decoder.head(h[torch.arange(B, device=h.device), last])
             return self.decoder.head(h[:, S:]), first
-        past = None if context is None else context.layers
+        past = None if context is None or context.layers is None else self.lower(context)
         h = self.decoder.stem(embeds, positions)
         h = self.decoder.run(h, positions, mask, past=past, checkpoint=checkpoint, adapters=adapters).hidden
         return self.decoder.head(h), None
@@ -281,6 +281,11 @@ class ContextCompressor(Saved, ABC):
             raise ValueError(
                 f"this context was made for another decoder (fingerprint {context.fingerprint}, "
                 f"this one has {self.decoder.fingerprint})"
+            )
+        if context.extras and context.method != self.registered_name:
+            raise ValueError(
+                f"this context holds a code that its own method {context.method} reads; carry it as a cache: "
+                "see `lower`"
             )
         if context.batch_size != rows:
             raise ValueError(
