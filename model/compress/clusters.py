@@ -20,6 +20,7 @@ Shape legend: B batch  T time  S slots  D hidden width.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -210,11 +211,21 @@ class Clusters(ContextCompressor):
         )
 
     def layer_hooks(self):
-        if self.config.mode != "quality" or self.config.attention_weight > 0:
-            return {}
-        return {
-            i: lambda h, mask, i=i: self.layers[str(i)](h, mask, None).rebuilt for i in self.config.layer_idx
-        }
+        return (
+            {}
+            if self.config.mode != "quality"
+            else {i: partial(self._hook, i) for i in self.config.layer_idx}
+        )
+
+    def _hook(self, i: int, h: Tensor, mask: Tensor) -> Tensor:
+        """The rebuilt stream inside the decoder's own forward, which tells neither ids nor attention."""
+        for name in ("protect_ids", "attention_weight"):
+            if getattr(self.config, name) > 0:
+                raise ValueError(
+                    f"clusters {name}={getattr(self.config, name)}: inside `attached` the decoder reads text "
+                    "without the ids or the attention this needs; `through` and `compress` have them"
+                )
+        return self._layer(i)(h, mask, None).rebuilt
 
     def parachute(self, ratio: float) -> float:
         """Loosen or tighten after a validation: ratio = compressed loss / base loss. Above 1.5 thresholds

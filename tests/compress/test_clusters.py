@@ -155,6 +155,19 @@ def test_quality_hooks_equal_our_own_run(model):
     assert made.shape == (1, 17)
 
 
+@pytest.mark.parametrize("needs", [{"protect_ids": 20}, {"attention_weight": 0.3}], ids=str)
+def test_hooks_refuse_what_they_cannot_see(llama, needs):
+    """Neither ids nor attention reach a layer's hook: an error, not other clusters."""
+    c = make(llama, mode="quality", **{**TRAINED, **needs})
+    ids, prompt = batch([14])[0], batch([4], seed=2)[0]
+    with c.attached() as attached, pytest.raises(ValueError, match=next(iter(needs))):
+        attached(ids)
+    context = c.compress(ids)  # a compressed context is read as ever
+    with c.attached() as attached:
+        made = attached.generate(**c.generate_inputs(context, prompt), max_new_tokens=2, do_sample=False)
+    assert torch.equal(made, c.generate(prompt, context, max_new_tokens=2, do_sample=False))
+
+
 def test_contrastive_loss():
     """7. Nothing for one cluster, nothing for orthogonal ones, something for two that are close."""
     mask = torch.ones(1, 4, dtype=torch.bool)
