@@ -60,11 +60,13 @@ class ContextCompressor(Saved, ABC):
 
     The decoder is not a submodule: parameters, state dict and checkpoints hold the method's own tensors.
     gives: the carrier it makes.  accepts: what it can compress, `tokens` and perhaps a carrier (for `Chain`).
+    selects: whether it leaves the slots that it keeps of a carrier as they were written.
     """
 
     Config: ClassVar[type[CompressorConfig]] = CompressorConfig
     gives: ClassVar[str] = "embeds"
     accepts: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    selects: ClassVar[bool] = False
 
     def __init__(self, decoder: Decoder, config: CompressorConfig) -> None:
         super().__init__()
@@ -76,8 +78,7 @@ class ContextCompressor(Saved, ABC):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Entered around everything the decoder reads after a context:
-        where a method adapts the decoder itself."""
+        """Entered around everything read after a context, where a method adapts the decoder itself."""
         yield
 
     def learning_rates(self) -> dict[str, float]:
@@ -284,8 +285,7 @@ class ContextCompressor(Saved, ABC):
             )
         if context.extras and context.method != self.registered_name:
             raise ValueError(
-                f"this context holds a code that its own method {context.method} reads; carry it as a cache: "
-                "see `lower`"
+                f"this context holds a code that its own method {context.method} reads; see its `lower`"
             )
         if context.batch_size != rows:
             raise ValueError(

@@ -8,8 +8,9 @@ import random
 import pytest
 import torch
 
-from model.compress import Chain, wrap
+from model.compress import Chain, load_compressor, wrap
 from model.compress import evaluate as ev
+from tests.compress.test_contract import make
 from tests.compress.tiny import batch, tiny_decoder
 from train import compress_data as data
 from train.errors import UserError
@@ -84,17 +85,20 @@ def test_passkey_table(llama):
 
 def test_chain(tmp_path, llama):
     """17. Carriers are checked when built; a chain of embeddings and eviction works and comes back."""
-    auto = wrap(llama, "autocompressor", summary_length=4, segment_length=8, lora_rank=2)
+    auto = make(llama, "autocompressor")
     evict = wrap(auto.decoder, "sink_window", sinks=1)
     chain = Chain([auto, evict])
     b = rows(2)
     context = chain.compress(b.context, b.context_mask, budget=5)
     assert context.slot_counts.unique().tolist() == [5] and context.method == "chain"
     chain.save(tmp_path)
-    again = Chain.load(tmp_path, llama)
+    again = load_compressor(tmp_path, tiny_decoder("llama"))
+    assert isinstance(again, Chain)
     assert torch.equal(
         again.decode(again.compress(b.context, budget=5), b.text)[0], chain.decode(context, b.text)[0]
     )
+    with pytest.raises(ValueError, match="another decoder"):
+        load_compressor(tmp_path, tiny_decoder("llama", seed=1))
     with pytest.raises(ValueError, match="accepts tokens"):
         Chain([evict, wrap(auto.decoder, "mean_pool")])
     with pytest.raises(ValueError, match="same decoder"):
@@ -103,6 +107,34 @@ def test_chain(tmp_path, llama):
     with pytest.raises(ValueError, match="accepts embeds"):
         Chain([evict, embeds_after_cache])
     assert Chain([auto, embeds_after_cache]).compress(b.context).slot_counts.tolist() == [2, 2]
+
+
+def test_chain_reads_with_the_adapter_that_wrote(llama):
+    """Slots of an AutoCompressor are lowered and read with its LoRA, evicted or not; of two AutoCompressors,
+    with that of the second."""
+    auto, b = make(llama, "autocompressor"), rows(2)
+    evict, own = wrap(auto.decoder, "sink_window"), auto.compress(b.context)
+    want = auto.decode(own, b.text)[0]
+    assert not torch.allclose(auto.decode(own, b.text, adapted=False)[0], want, atol=0.1)
+    for chain in (Chain([auto]), Chain([auto, evict])):
+        context = chain.compress(b.context, budget=9)
+        assert torch.allclose(chain.decode(context, b.text)[0], want, atol=2e-5)
+        assert torch.allclose(chain.lower(context)[1].keys, auto.lower(own)[1].keys, atol=2e-5)
+    second = make(auto.decoder, "autocompressor", summary_length=2)
+    twice = Chain([auto, second])
+    context, slots = twice.compress(b.context), torch.tensor([2, 2])
+    again = second.recompress(auto.compress(b.context), slots)
+    assert torch.allclose(twice.decode(context, b.text)[0], second.decode(again, b.text)[0], atol=2e-5)
+
+
+def test_chain_of_a_code(llama):
+    """What quality clusters keep as a code is run into a cache before another stage selects from it."""
+    c = make(llama, "clusters", mode="quality")
+    chain, b = Chain([c, wrap(c.decoder, "sink_window")]), rows(2)
+    kept = chain.compress(b.context, budget=20)
+    assert torch.allclose(
+        chain.decode(kept, b.text)[0], c.decode(c.compress(b.context), b.text)[0], atol=2e-5
+    )
 
 
 # ------------------------------------------------------------------ examples
