@@ -157,13 +157,14 @@ class ContextCompressor(Saved, ABC):
     def _embeds(
         self, embeds: Tensor, mask: Tensor, source: Tensor, *, positions: Tensor | None = None, **rest: Any
     ) -> CompressedContext:
-        """An `embeds` context whose slots take positions 0, 1, ... unless `positions` says otherwise."""
+        """An `embeds` context, in the decoder's dtype, whose slots take positions 0, 1, ... unless
+        `positions` says otherwise."""
         if positions is None:
             positions = (mask.long().cumsum(1) - 1).clamp_min(0)
         following = torch.where(mask, positions + 1, 0).amax(1) if mask.shape[1] else torch.zeros_like(source)
         return CompressedContext(
             self.registered_name, self.decoder.fingerprint, source, following,
-            embeds=embeds, slot_mask=mask, slot_positions=positions, **rest,
+            embeds=embeds.to(self.decoder.dtype), slot_mask=mask, slot_positions=positions, **rest,
         )  # fmt: skip
 
     def _cached(

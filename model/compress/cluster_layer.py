@@ -67,8 +67,8 @@ class Clustered(NamedTuple):
 
 
 class ClusterLayer(nn.Module):
-    """Clustering of one layer's outgoing stream. tau is a buffer,
-    so that the parachute's changes are saved."""
+    """Clustering of one layer's outgoing stream, in the dtype of its own tensors whatever the stream's.
+    tau is a buffer, so that the parachute's changes are saved."""
 
     tau: Tensor
 
@@ -130,7 +130,7 @@ class ClusterLayer(nn.Module):
         member = number.gather(1, made.member).masked_fill(~mask, -1).int()
         code = {"heads": rows_at(h, index) * keep[..., None], "member": member}
         if self.config.use_residuals:
-            index, keep = compact(mask & ~made.shown)
+            h, (index, keep) = h.to(self.tau.dtype), compact(mask & ~made.shown)
             r = rows_at(h - rows_at(h, made.member), index) * keep[..., None]
             code |= ops.encode(self.latent(r), *self._storage)
         return code
@@ -138,14 +138,15 @@ class ClusterLayer(nn.Module):
     def rebuild(self, code: ops.Code) -> tuple[Tensor, Tensor]:
         """The rebuilt stream [B, T, D] and its mask [B, T], from what `code` stored."""
         heads, member = code["heads"], code["member"].long()
-        c, mask = rows_at(heads, member.clamp_min(0)), member >= 0
+        mask = member >= 0
+        c = rows_at(heads.to(self.tau.dtype), member.clamp_min(0))
         # Representatives are numbered as they come, so each has a higher number than all before it.
         joined = mask & (member <= nn.functional.pad(member.cummax(1).values, (1, -1), value=-1))
         if not self.config.use_residuals or not bool(joined.any()):
-            return c, mask
+            return c.to(heads.dtype), mask
         z = ops.decode({k: v for k, v in code.items() if k not in ("heads", "member")}, self.code_width)
         z = rows_at(z, (joined.cumsum(1) - 1).clamp_min(0))
-        return torch.where(joined[..., None], c + self.back(c, z).to(c.dtype), c), mask
+        return torch.where(joined[..., None], c + self.back(c, z), c).to(heads.dtype), mask
 
     def forward(
         self,
@@ -157,11 +158,11 @@ class ClusterLayer(nn.Module):
     ) -> Clustered:
         """h [B, T, D], mask bool [B, T], ids int64 [B, T] or None, attention [B, T, T] where w_a > 0.
         budget int64 [B]: most representatives; the threshold then follows from it."""
-        config = self.config
+        config, given, h = self.config, h.dtype, h.to(self.tau.dtype)
         s = ops.similarity(h, attention, config.attention_weight, config.position_reach)
         worth = cut = torch.zeros(mask.shape, device=h.device)
         if config.importance:
-            worth = torch.sigmoid(self.importance(h.float()))[..., 0]
+            worth = torch.sigmoid(self.importance(h))[..., 0]
             cut = ops.prefix_cut(worth, mask)
         protect = worth > cut
         if ids is not None:
@@ -174,7 +175,8 @@ class ClusterLayer(nn.Module):
         for level in range(1, config.levels):
             member = self._again(s.detach(), tau.detach() - level * config.level_step, protect, member, mask)
         shown = ops.representatives(member, mask)
-        return self._rebuild(h, s, tau, worth - cut, member, best, shown, mask)
+        made = self._rebuild(h, s, tau, worth - cut, member, best, shown, mask)
+        return made._replace(rebuilt=made.rebuilt.to(given), centred=made.centred.to(given))
 
     @staticmethod
     def _again(s: Tensor, tau: Tensor, protect: Tensor, member: Tensor, mask: Tensor) -> Tensor:

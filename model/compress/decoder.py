@@ -97,6 +97,14 @@ class Decoder:
         self.window = getattr(config, "sliding_window", None)
         self.fingerprint = fingerprint(model)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
     # ------------------------------------------------------------------ parts
 
     def lora_targets(self, names: Sequence[str] | None = None) -> dict[str, nn.Module]:

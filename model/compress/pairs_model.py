@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from model.compress.base import CompressorOutput
-from model.compress.decoder import Decoder
 from model.compress.pairs import Pairs, PairsConfig
 from model.compress.rows import checked_mask, pack
 from model.compress.saving import write_json
+from model.compress.wrap import wrap
 
 
 class CompressedDecoderLayer(nn.Module):
@@ -53,7 +53,7 @@ class ModelWrapperPretrained(nn.Module):
     ) -> None:
         super().__init__()
         config = PairsConfig(mode="stream", layer_idx=tuple(layer_idx), T_w=T_w, r=r, M=M, **options)
-        self.compressor = Pairs(Decoder(original_model), config)
+        self.compressor: Any = wrap(original_model, config)
         self.T_w = T_w
 
     def forward(
@@ -177,7 +177,8 @@ class WindowedLossSFTTrainer:
             total = 0.0
             for _ in range(self.accumulate):
                 picked = torch.randint(len(self.rows), (self.batch_size,), generator=self.generator)
-                rows = [torch.tensor(self.rows[i]) for i in picked.tolist()]
+                device = self.model.compressor.decoder.device
+                rows = [torch.tensor(self.rows[i], device=device) for i in picked.tolist()]
                 ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
                 mask = nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
                 loss = self.model(ids, mask, labels=ids, T_w=self.T_w).loss / self.accumulate

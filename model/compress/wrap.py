@@ -18,7 +18,8 @@ from model.registry import did_you_mean
 
 
 def wrap(model: Any, config: str | Mapping[str, Any] | CompressorConfig, **options: Any) -> ContextCompressor:
-    """A compressor around a causal decoder, in evaluation mode.
+    """A compressor around a causal decoder, on its device, in evaluation mode. The method's own tensors are
+    fp32 whatever the decoder's dtype.
 
     model: a transformers causal model of a known family, or a `Decoder`.
     config: a method's name, a mapping with `method` and its options, or a config object; options override.
@@ -26,7 +27,8 @@ def wrap(model: Any, config: str | Mapping[str, Any] | CompressorConfig, **optio
     """
     cls, settings = _resolve(config, options)
     decoder = model if isinstance(model, Decoder) else Decoder(model)
-    return cls(decoder, settings).eval()
+    with decoder.device:
+        return cls(decoder, settings).eval()
 
 
 def _resolve(config: Any, options: Mapping[str, Any]) -> tuple[type[ContextCompressor], CompressorConfig]:

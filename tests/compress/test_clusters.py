@@ -168,6 +168,18 @@ def test_hooks_refuse_what_they_cannot_see(llama, needs):
     assert torch.equal(made, c.generate(prompt, context, max_new_tokens=2, do_sample=False))
 
 
+def test_quality_of_a_bf16_decoder():
+    """The code keeps heads as the decoder has them, and what is rebuilt is in its dtype."""
+    c = make(tiny_decoder("llama").bfloat16(), mode="quality", **TRAINED)
+    ids, text = batch([14])[0], batch([5], seed=2)[0]
+    context = c.compress(ids)
+    assert context.extras["0.0.heads"].dtype == torch.bfloat16
+    assert c.lower(context)[1].keys.dtype == torch.bfloat16
+    soft = c.train().compress(ids)
+    assert torch.allclose(c.eval().decode(context, text)[0], c.decode(soft, text)[0], atol=0.5)
+    c.train().through(ids, labels=ids).loss.backward()
+
+
 def test_contrastive_loss():
     """7. Nothing for one cluster, nothing for orthogonal ones, something for two that are close."""
     mask = torch.ones(1, 4, dtype=torch.bool)

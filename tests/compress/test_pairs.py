@@ -3,6 +3,8 @@ names."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -254,6 +256,35 @@ def test_trainer_of_the_description(capsys, tmp_path):
     assert made.shape == (1, 27)
     with pytest.raises(ValueError, match="max_length"):
         WindowedLossSFTTrainer(model, None, [[3] * 600], T_w=6)
+
+
+def test_wrapper_and_trainer_of_a_bf16_decoder():
+    """The description's case: a decoder in half precision, pair MLPs in fp32, no autocast."""
+    model = ModelWrapperPretrained(
+        tiny_decoder("qwen3").bfloat16(), layer_idx=[1], T_w=6, r=0.2, hidden_dim=8
+    )
+    rows = [list(range(3, 23))] * 4
+    losses = WindowedLossSFTTrainer(model, None, rows, T_w=6, steps=2, accumulate=1, batch_size=2).train()
+    assert all(x == x for x in losses)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_trainer_puts_rows_where_the_decoder_is(llama):
+    """Batches are made on the decoder's device; the stand-in for it has none but `meta`."""
+
+    class Elsewhere(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+            self.T_w, own = 4, SimpleNamespace(device=torch.device("meta"))
+            self.compressor = SimpleNamespace(decoder=own, trainable_share=lambda: 1.0)
+
+        def forward(self, ids, mask, labels, T_w):
+            assert {t.device.type for t in (ids, mask, labels)} == {"meta"}
+            return SimpleNamespace(loss=self.weight * 2)
+
+    trainer = WindowedLossSFTTrainer(Elsewhere(), None, [[3, 4, 5]], T_w=4, steps=1, accumulate=1)
+    assert trainer.train() == [2.0]
 
 
 def test_layer_of_its_own(llama):
