@@ -31,9 +31,11 @@ class CompressedDecoderLayer(nn.Module):
         self.compressor, self.layer = compressor, layer
         self.attention = compressor.layers[str(layer)]
 
-    def forward(self, h: Tensor, mask: Tensor, positions: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h [B, T, D], mask bool and positions int64 [B, T], n [B] pairs that come back."""
-        h, mask, positions = self.attention.shorten(h, mask, positions, n)  # type: ignore[operator]
+    def forward(
+        self, h: Tensor, mask: Tensor, positions: Tensor, n: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h [B, T, D], mask bool and positions int64 [B, T], n [B] pairs back (None: by r and M)."""
+        h, mask, positions = self.attention(h, mask, positions, n)
         run = self.compressor.decoder.run(h, positions, mask, start=self.layer, stop=self.layer + 1)
         return run.hidden, mask, positions
 
@@ -68,9 +70,14 @@ class ModelWrapperPretrained(nn.Module):
         Row by row the last positions are the window's, so a loss over `labels` [B, T] scores the last T_w
         tokens
         of each row, each from the position before it; the window is the only part that later tokens did not
-        shape.
+        shape. T_w: score fewer than the model's window; more raises ValueError. A row's first token is never
+        scored.
         """
-        c = self.compressor
+        c, scored = self.compressor, self.T_w if T_w is None else T_w
+        if scored > self.T_w:
+            raise ValueError(
+                f"T_w={scored}: the loss covers the model's window of T_w={self.T_w} tokens at most"
+            )
         mask = checked_mask(input_ids, attention_mask, c.decoder.config.pad_token_id, "forward")
         ids, packed = pack(input_ids, mask)
         h, kept, _, _ = c.stream(ids, packed)
@@ -79,8 +86,8 @@ class ModelWrapperPretrained(nn.Module):
         if labels is None:
             return CompressorOutput(None, logits)
         targets, keep = pack(labels, mask, left=False)
-        targets = targets.masked_fill(~keep, -100)
-        span = min((self.T_w if T_w is None else T_w) + 1, logits.shape[1])
+        targets = targets.masked_fill(keep.cumsum(1) <= 1, -100)
+        span = min(scored + 1, logits.shape[1])
         loss = nn.functional.cross_entropy(
             logits[:, -span:-1].flatten(0, 1).float(), targets[:, targets.shape[1] - span + 1 :].flatten(),
             ignore_index=-100,
