@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from model.compress import Decoder, wrap
+from model.compress import Decoder, load_compressor, wrap
 from tests.compress.test_contract import METHODS, SETTINGS, asked, make
 from tests.compress.tiny import batch, tiny_decoder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_copy_in_half_precision_is_the_same_decoder(tmp_path, model, dtype):
+    """Whichever way it is rounded; one that was trained for a step is not."""
+    before = Decoder(model).fingerprint
+    make(model, "condense").save(tmp_path)
+    copied = copy.deepcopy(model).to(dtype)
+    assert load_compressor(tmp_path, copied).decoder.fingerprint == before
+    ids, trained = batch([16, 16])[0], copy.deepcopy(model).requires_grad_()
+    trained(ids, labels=ids).loss.backward()
+    torch.optim.SGD(trained.parameters(), 1e-2).step()
+    assert Decoder(trained).fingerprint != before
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
