@@ -16,7 +16,7 @@ import string
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,6 @@ class Score:
     kv_bytes: float = 0.0
     full_kv_bytes: float = 0.0
     slots: float = 0.0
-    extra: dict[str, float] = field(default_factory=dict)
 
     def loss(self, variant: str) -> float:
         """Nats per token."""
