@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,7 +57,24 @@ def test_oracle_beats_random_slots(llama):
 
 def test_restore_and_answers(llama):
     b = rows(3)
-    assert 0 <= ev.restore_accuracy(wrap(llama, "mean_pool"), b, ratio=2) <= 1
+    b.context_mask[0, 12:] = False
+    for wrong, want in ((0, 1.0), (5, 1 - 10 / 49)):  # 11 + 19 + 19 tokens have one before them
+
+        def recites(context, ids, mask, wrong=wrong):
+            """Predicts every next token, but for the first `wrong` of rows 1 and 2; garbage on padding."""
+            told = ids.roll(-1, 1).masked_fill(~mask.roll(-1, 1), 7)
+            told[1:, :wrong] += 1
+            return torch.nn.functional.one_hot(told, 70), None
+
+        oracle = SimpleNamespace(compress=lambda ids, mask, **asked: None, decode=recites)
+        assert ev.restore_accuracy(oracle, b) == pytest.approx(want)
+    pooled = wrap(llama, "mean_pool")  # and of a real one, counted row by row
+    found = right = 0
+    for row, n in enumerate((12, 20, 20)):
+        ids = b.context[row : row + 1, :n]
+        said = pooled.decode(pooled.compress(ids, ratio=2), ids)[0][:, :-1].argmax(-1)
+        right, found = right + int((said == ids[:, 1:]).sum()), found + n - 1
+    assert ev.restore_accuracy(pooled, b, ratio=2) == pytest.approx(right / found)
     assert ev.exact_match("The Paris.", "paris") == 1 and ev.exact_match("Rome", "paris") == 0
     assert ev.f1("blue sky", "the blue sea") == pytest.approx(0.5)
     assert ev.cost(wrap(llama, "mean_pool"), b, new_tokens=2, rounds=1, ratio=4).compress_s > 0
@@ -73,12 +91,18 @@ class Letters:
 
 
 def test_passkey_table(llama):
-    rng = random.Random(0)
-    table = ev.passkey_table(
-        wrap(llama, "full"), Letters(), lambda n, d: {"context": "a" * n, "prompt": "k", "answer": str(d)},
-        [8], [0.0, 1.0], trials=1,
-    )  # fmt: skip
-    assert set(table) == {(8, 0.0), (8, 1.0)}
+    rng, made = random.Random(0), []
+    full = wrap(llama, "full")
+    said = ev.answer(full, Letters(), "a" * 8, ["k"])[0]  # what it writes after these, right by definition
+
+    def make_record(length, depth):
+        made.append((length, depth))
+        right = depth == 0.0 or (depth == 0.5 and len(made) % 2)
+        return {"context": "a" * length, "prompt": "k", "answer": f" {said[:4]} " if right else "#"}
+
+    table = ev.passkey_table(full, Letters(), make_record, [8], [0.0, 0.5, 1.0], trials=2)
+    assert table == {(8, 0.0): 1.0, (8, 0.5): 0.5, (8, 1.0): 0.0}
+    assert made == [(8, d) for d in (0.0, 0.5, 1.0) for _ in range(2)] and len(said) == 12
     record = data.passkey(rng, lines=5, depth=1.0)
     assert record["answer"].strip() in record["context"].splitlines()[-1]
 
@@ -222,9 +246,16 @@ def test_requests_of_the_harness(llama):
 def test_cluster_plots(tmp_path, llama):
     from experiments.compression.cluster_plots import draw, measure
 
-    c = wrap(llama, "clusters", importance=False, contrastive_weight=0.0, similarity_threshold=0.2)
-    found = measure(c, batch([24])[0])
-    counted = c.compress(batch([24])[0]).slot_counts[-1]
-    assert found[0]["ratio"] == pytest.approx(24 / int(counted))
+    deep, ids = tiny_decoder("llama", num_hidden_layers=4), batch([24])[0]
+    how = {"layer_idx": (0, 2), "importance": False, "contrastive_weight": 0.0, "similarity_threshold": 0.2}
+    for more in ({}, {"attention_weight": 0.3, "position_reach": 20.0}):  # in the mode that is asked for
+        c = wrap(deep, "clusters", **how, **more)
+        counts = c.compress(ids).slot_counts[[1, 3], 0].tolist()
+        found = measure(c, ids)
+        assert [f["layer"] for f in found] == [0, 2] and 24 > counts[0] > counts[1]
+        assert [f["ratio"] for f in found] == pytest.approx([24 / n for n in counts])
+        assert [len(f["member"]) for f in found] == [24, counts[0]]
+    quality = measure(wrap(deep, "clusters", mode="quality", **how), ids)
+    assert [len(f["tau"]) for f in quality] == [24, 24]
     draw(found, tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 1000
