@@ -19,14 +19,15 @@ from model.ops.pairs import compact
 
 @dataclass(frozen=True)
 class ClustersConfig(CompressorConfig):
-    """mode: length or quality.  compression_layers: k, at layers i n // (k + 1); layer_idx names them
-    instead.
+    """mode: length (the cache shrinks) or quality (what is stored does).
+    compression_layers: k, at layers i n // (k + 1); layer_idx names them instead.
     similarity_threshold: tau_0; 2 or more switches clustering off.  adaptive_threshold: tau_j as above.
     levels, level_step: cluster the representatives again, each time with a threshold lower by level_step.
     importance: learn which tokens to protect (above mean plus deviation of those before).
     protect_ids: token ids below this are protected.
     attention_weight: w_a of the attention term in S.  position_reach: tokens over which S decays by e.
-    use_residuals, residual (bottleneck | identity), gated, residual_sparsity, residual_bits, residual_levels.
+    use_residuals, residual (bottleneck | identity), gated, residual_sparsity, residual_levels.
+    residual_bits: 1 to 8 bits, stored as bytes; 0: exact.
     contrastive_weight, contrastive_margin, reconstruction_weight: of the extra losses.
     temperature: of the straight-through decision.  freeze_base: False trains the decoder too.
     """

@@ -230,6 +230,7 @@ def test_short_rows_are_scored_as_alone(llama):
     """A row no longer than the window has no token before its first: that one is scored in no batch."""
     model = ModelWrapperPretrained(llama, [1], T_w=8, r=0.0, hidden_dim=8)
     ids, mask = batch([16, 6, 8])
+    model.requires_grad_(False)
     together = model(ids, mask, labels=ids).loss
     rows = [model(ids[i : i + 1, :n], labels=ids[i : i + 1, :n]).loss for i, n in enumerate((16, 6, 8))]
     assert together.item() == pytest.approx(float(8 * rows[0] + 5 * rows[1] + 7 * rows[2]) / 20, abs=1e-5)
