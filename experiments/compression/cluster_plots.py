@@ -3,7 +3,7 @@
 Four panels in one PNG: ratio per layer, threshold per token, histogram of best similarities, and a 2-D map of
 the states coloured by cluster (the first two principal components).
 
-Shape legend: T time  D hidden width.
+Shape legend: T time.
 """
 
 from __future__ import annotations
@@ -17,33 +17,37 @@ import torch
 
 from model.compress import clustering as ops
 from model.compress import load_compressor, load_decoder, load_tokenizer, wrap
-from model.compress.clusters import ClusterLayer, Clusters
+from model.compress.cluster_layer import Clustered, ClusterLayer
+from model.compress.clusters import Clusters
 
 
 @torch.no_grad()
 def measure(c: Clusters, ids: torch.Tensor) -> list[dict[str, Any]]:
-    """For each clustered layer of a row [1, T]: layer, ratio, tau [T], best [T-1], member [T], map [T, 2]."""
-    mask, out, begin = torch.ones_like(ids, dtype=torch.bool), [], 0
-    positions = torch.arange(ids.shape[1])[None]
-    h = c.decoder.stem(c.decoder.embed(ids), positions)
-    for i in c.config.layer_idx:
-        h = c.decoder.run(h, positions, mask, start=begin, stop=i + 1).hidden
-        layer = c.layers[str(i)]
-        assert isinstance(layer, ClusterLayer)
-        made = layer(h, mask, ids)
-        s = ops.similarity(h, None, 0.0, c.config.position_reach)
-        T = ids.shape[1]
-        earlier = torch.ones(T, T, dtype=torch.bool).tril(-1)
-        best = s[0].masked_fill(~earlier, -1).amax(-1)[1:]
+    """What each clustered layer makes of a row [1, T] while it is compressed: layer, ratio (T over its
+    representatives), and over the T' tokens that reach it tau [T'], best [T'-1], member [T'], map [T', 2]."""
+    seen: list[tuple[ClusterLayer, tuple[Any, ...], Clustered]] = []
+    hooks = [x.register_forward_hook(lambda *call: seen.append(call)) for x in c.layers.values()]
+    try:
+        c.compress(ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    out = []
+    for i, (layer, (h, mask, _, attention, _), made) in zip(c.config.layer_idx, seen):
+        h = h.to(layer.tau.dtype)
+        s = ops.similarity(h, attention, c.config.attention_weight, c.config.position_reach)
+        earlier = torch.ones_like(s[0], dtype=torch.bool).tril(-1)
         centred = h[0] - h[0].mean(0)
-        flat = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
         out.append(
             {
-                "layer": i, "ratio": T / int(made.shown.sum()), "tau": layer.thresholds(h, s, mask)[0],
-                "best": best, "member": made.member[0], "map": flat,
+                "layer": i,
+                "ratio": ids.shape[1] / int(made.shown.sum()),
+                "tau": layer.thresholds(h, s, mask)[0],
+                "best": s[0].masked_fill(~earlier, -1).amax(-1)[1:],
+                "member": made.member[0],
+                "map": centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T,
             }
-        )  # fmt: skip
-        h, begin = made.rebuilt, i + 1
+        )
     return out
 
 
@@ -55,7 +59,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 8))
     axes[0, 0].bar([str(f["layer"]) for f in found], [f["ratio"] for f in found])
-    axes[0, 0].set(xlabel="layer", ylabel="tokens per cluster")
+    axes[0, 0].set(xlabel="layer", ylabel="tokens per representative")
     for f in found:
         axes[0, 1].plot(f["tau"], label=f"layer {f['layer']}")
         axes[1, 0].hist(f["best"].numpy(), bins=40, alpha=0.6, label=f"layer {f['layer']}")
@@ -95,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     found = measure(c, ids)
     draw(found, args.out)
     for f in found:
-        print(f"layer {f['layer']}: {f['ratio']:.2f} tokens per cluster")
+        print(f"layer {f['layer']}: {f['ratio']:.2f} tokens per representative")
     return 0
 
 

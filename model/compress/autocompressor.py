@@ -27,7 +27,7 @@ from model.compress.context import CompressedContext, join_embeds, replaced
 from model.compress.decoder import Decoder
 from model.compress.lora import LoRA
 from model.compress.rows import checked_mask, text_positions, token_losses
-from model.compress.segments import equal_segments, given_segments
+from model.compress.segments import given_segments, row_segments
 from model.core import Aux, merge_aux
 
 
@@ -36,7 +36,8 @@ class AutoCompressorConfig(CompressorConfig):
     """summary_length: kappa, summary vectors per segment.
     accumulate_summary: keep the summaries of all segments; False: the latest replaces the memory.
     segment_length: longest segment that `compress` makes of its own accord.
-    segment_lengths: fixed lengths for `document` and training; () cuts equal or random segments.
+    segment_lengths: fixed lengths for training, and for rows of `compress` of exactly that many tokens unless
+    a ratio or budget asks for another number of segments; () cuts equal or random segments.
     tune: lora, or full for every weight of the decoder.  lora_rank, lora_alpha, lora_targets: of the former.
     training_substeps, segments_per_substep: backward passes per document, segments in each.
     randomize_substeps: random segment lengths.
@@ -180,10 +181,26 @@ class SegmentCompressor(ContextCompressor):
         """The most slots that one segment brings."""
         return self.config.summary_length
 
+    @property
+    def closing(self) -> int:
+        """Places that summing up a segment takes behind its text."""
+        return self.config.summary_length
+
+    def longest_segment(self, n: int) -> int:
+        """The most tokens that any of a document's n segments may have: rotary families also need positions
+        for the memory before it and for what closes it (the last one is not closed)."""
+        if not self.decoder.rotary:
+            return self.decoder.max_positions
+        most = min(self.decoder.max_positions, self.decoder.window or self.decoder.max_positions)
+        last, before = (j if self.accumulates else min(j, 1) for j in (n - 1, max(n - 2, 0)))
+        closed = before * self.per_segment + self.closing if n > 1 else 0
+        return most - max(last * self.per_segment, closed)
+
     def slots_wanted(self, lengths: Tensor, ratio: float | None, budget: int | None) -> Tensor:
         """Slots [B], a whole number of segments' worth; segments are as long as ratio or budget make them."""
-        kappa = self.per_segment
+        kappa, given = self.per_segment, self.config.segment_lengths
         segments = -(-lengths // self.config.segment_length)
+        segments = torch.where(lengths == sum(given), len(given), segments)
         if kappa == 0 or (ratio is None and budget is None):
             return segments * kappa
         most = (lengths / (ratio or 1)).floor().long() if budget is None else torch.full_like(lengths, budget)
@@ -202,14 +219,9 @@ class SegmentCompressor(ContextCompressor):
             raise ValueError(
                 f"{self.registered_name} carries embeddings and cannot continue a {state.carrier} state"
             )
-        if self.config.segment_lengths and sum(self.config.segment_lengths) == ids.shape[1]:
-            parts = given_segments(ids, mask, self.config.segment_lengths)
-        else:
-            parts = equal_segments(
-                ids, mask, (slots // max(self.per_segment, 1)).clamp_min(mask.any(1).long())
-            )
         memory, aux = state, []
-        for part, keep in parts:
+        counts = (slots // max(self.per_segment, 1)).clamp_min(mask.any(1).long())
+        for part, keep in row_segments(ids, mask, counts, self.config.segment_lengths):
             _, new = self.checkpointed(memory, self.decoder.embed(part), keep, True)
             memory = self.absorb(memory, new)
             aux.append(new.aux)

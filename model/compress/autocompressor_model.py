@@ -27,6 +27,7 @@ from model.compress.autocompressor import DocumentOutput, SegmentCompressor
 from model.compress.context import CompressedContext
 from model.compress.decoder import load_decoder
 from model.compress.rows import checked_mask, pack
+from model.compress.segments import given_segments
 from model.compress.wrap import load_compressor, wrap
 
 
@@ -97,18 +98,19 @@ class AutoCompressorModel(nn.Module):
     ) -> Tensor:
         """Continue a prompt after a memory. segment_lengths: all segments but the last go into the memory
         first;
-        what is returned begins with the last one."""
+        what is returned begins with the last one. Raises ValueError unless they add up to the prompt."""
         c, memory = self.compressor, self._softprompt(softprompt)
         mask = checked_mask(input_ids, attention_mask, c.decoder.config.pad_token_id, "generate")
         if segment_lengths:
-            last = segment_lengths[-1]
+            *_, last = given_segments(input_ids, mask, segment_lengths)
             if len(segment_lengths) > 1:
-                head = input_ids[:, :-last], mask[:, :-last]
+                head = sum(segment_lengths[:-1])
                 with torch.no_grad():
                     memory = c.document(
-                        *head, segment_lengths=segment_lengths[:-1], softprompt=memory, output_softprompt=True
-                    ).softprompt
-            input_ids, mask = pack(input_ids[:, -last:], mask[:, -last:], left=False)
+                        input_ids[:, :head], mask[:, :head], segment_lengths=segment_lengths[:-1],
+                        softprompt=memory, output_softprompt=True,
+                    ).softprompt  # fmt: skip
+            input_ids, mask = pack(*last, left=False)
         return c.generate(input_ids, memory, mask, **options)
 
 

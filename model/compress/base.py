@@ -9,8 +9,8 @@ the left first, so a method only ever sees rows that begin at column 0.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from model.compress.context import CompressedContext, LayerSlots, tight
 from model.compress.decoder import Decoder
+from model.compress.reading import Reading
 from model.compress.rows import check_amount, checked_mask, pack, text_positions, token_losses
-from model.compress.saving import Saved
 from model.registry import Registry, did_you_mean
 
 OBJECTIVES = ("lm", "ae", "qa", "distill")
@@ -55,16 +55,18 @@ class CompressorOutput:
     stats: dict[str, Tensor] = field(default_factory=dict)
 
 
-class ContextCompressor(Saved, ABC):
+class ContextCompressor(Reading, ABC):
     """A decoder together with a method that compresses contexts for it.
 
     The decoder is not a submodule: parameters, state dict and checkpoints hold the method's own tensors.
     gives: the carrier it makes.  accepts: what it can compress, `tokens` and perhaps a carrier (for `Chain`).
+    selects: whether it leaves the slots that it keeps of a carrier as they were written.
     """
 
     Config: ClassVar[type[CompressorConfig]] = CompressorConfig
     gives: ClassVar[str] = "embeds"
     accepts: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    selects: ClassVar[bool] = False
 
     def __init__(self, decoder: Decoder, config: CompressorConfig) -> None:
         super().__init__()
@@ -74,20 +76,9 @@ class ContextCompressor(Saved, ABC):
         if self.trains_base:
             self.base = decoder.model
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Entered around everything the decoder reads after a context:
-        where a method adapts the decoder itself."""
-        yield
-
     def learning_rates(self) -> dict[str, float]:
         """Parameter name prefix -> learning rate, where a method's own tensors want one of their own."""
         return {}
-
-    def lower(self, context: CompressedContext) -> tuple[LayerSlots, ...]:
-        """The cache that a context stands for, one `LayerSlots` per layer."""
-        with self.reading():
-            return self.decoder.lower(context)
 
     @property
     def trains_base(self) -> bool:
@@ -156,13 +147,14 @@ class ContextCompressor(Saved, ABC):
     def _embeds(
         self, embeds: Tensor, mask: Tensor, source: Tensor, *, positions: Tensor | None = None, **rest: Any
     ) -> CompressedContext:
-        """An `embeds` context whose slots take positions 0, 1, ... unless `positions` says otherwise."""
+        """An `embeds` context, in the decoder's dtype, whose slots take positions 0, 1, ... unless
+        `positions` says otherwise."""
         if positions is None:
             positions = (mask.long().cumsum(1) - 1).clamp_min(0)
         following = torch.where(mask, positions + 1, 0).amax(1) if mask.shape[1] else torch.zeros_like(source)
         return CompressedContext(
             self.registered_name, self.decoder.fingerprint, source, following,
-            embeds=embeds, slot_mask=mask, slot_positions=positions, **rest,
+            embeds=embeds.to(self.decoder.dtype), slot_mask=mask, slot_positions=positions, **rest,
         )  # fmt: skip
 
     def _cached(
@@ -216,7 +208,7 @@ class ContextCompressor(Saved, ABC):
             last = (context.slot_mask * torch.arange(1, S + 1, device=h.device)).argmax(1)
             first = self.decoder.head(h[torch.arange(B, device=h.device), last])
             return self.decoder.head(h[:, S:]), first
-        past = None if context is None else context.layers
+        past = None if context is None or context.layers is None else self.lower(context)
         h = self.decoder.stem(embeds, positions)
         h = self.decoder.run(h, positions, mask, past=past, checkpoint=checkpoint, adapters=adapters).hidden
         return self.decoder.head(h), None
@@ -275,101 +267,6 @@ class ContextCompressor(Saved, ABC):
             return max(layer.keys.shape[2] for layer in context.layers)
         assert context.embeds is not None
         return context.embeds.shape[1]
-
-    def _check_context(self, context: CompressedContext, rows: int) -> None:
-        if context.fingerprint != self.decoder.fingerprint:
-            raise ValueError(
-                f"this context was made for another decoder (fingerprint {context.fingerprint}, "
-                f"this one has {self.decoder.fingerprint})"
-            )
-        if context.batch_size != rows:
-            raise ValueError(
-                f"the context has {context.batch_size} rows, the ids have {rows}; see repeat and select"
-            )
-
-    # ------------------------------------------------------------------ generating
-
-    def generate_inputs(
-        self,
-        context: CompressedContext,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        cache: str = "dynamic",
-        copies: int = 1,
-        max_new_tokens: int = 0,
-    ) -> dict[str, Any]:
-        """What the decoder's own `generate` needs to read a prompt after a context: ids padded on the left, a
-        mask over slots and prompt, positions, and a cache filled with copies of the slots.
-
-        cache: dynamic | static | quantized.  copies: beams or returned sequences per row.
-        """
-        self._check_context(context, input_ids.shape[0])
-        mask = checked_mask(input_ids, attention_mask, self.decoder.config.pad_token_id, "generate")
-        ids, mask = pack(input_ids, mask, left=False)
-        if ids.shape[1] == 0:
-            raise ValueError("generate needs a prompt of at least one token")
-        with torch.no_grad():
-            layers = self.lower(context)
-        positions = text_positions(mask, context.next_position)
-        width = max(layer.keys.shape[2] for layer in layers) + ids.shape[1] + max_new_tokens
-        self.decoder.check_length(int(positions.max()) + 1 + max_new_tokens, width)
-        slot_mask = layers[0].mask
-        layers = tuple(
-            LayerSlots(*(t.repeat_interleave(copies, 0) for t in (x.keys, x.values, x.mask))) for x in layers
-        )
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.cat([slot_mask, mask], 1).long(),
-            "position_ids": positions,
-            "past_key_values": self.decoder.cache(layers, cache, width),
-        }
-
-    def generate(
-        self,
-        input_ids: Tensor,
-        context: CompressedContext | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        cache: str = "dynamic",
-        **options: Any,
-    ) -> Tensor:
-        """Prompt and continuation, int64 [B * returned sequences, T + new], by the decoder's own `generate`.
-
-        options: any of transformers' (max_new_tokens, do_sample, num_beams, ...). A context is never
-        changed: ask as many questions of it as you like. Raises ValueError where slots, prompt and
-        max_new_tokens need more positions than the decoder has.
-        """
-        model = self.decoder.model
-        if context is None:
-            mask = checked_mask(input_ids, attention_mask, self.decoder.config.pad_token_id, "generate")
-            ids, mask = pack(input_ids, mask, left=False)
-            with self.reading():
-                return model.generate(ids, attention_mask=mask.long(), **options)
-        if cache == "static" and "max_new_tokens" not in options:
-            raise ValueError("cache='static' is allocated beforehand: give max_new_tokens")
-        copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-        inputs = self.generate_inputs(
-            context, input_ids, attention_mask,
-            cache=cache, copies=copies, max_new_tokens=options.get("max_new_tokens") or 0,
-        )  # fmt: skip
-        if self.decoder.is_attached:
-            return model.generate(**inputs, **options)
-        with self.decoder.attach(), self.reading():
-            return model.generate(**inputs, **options)
-
-    @contextmanager
-    def attached(self) -> Iterator[Any]:
-        """The decoder itself, able to use this method's caches and transformed by its layer hooks, if any.
-
-        Hooks are removed on the way out, whatever happens. Raises RuntimeError when already attached.
-        """
-        with self.decoder.attach(self.layer_hooks()), self.reading():
-            yield self.decoder.model
-
-    def layer_hooks(self) -> dict[int, Any]:
-        """Layer index -> a function of the residual stream [B, T, D] that leaves the layer."""
-        return {}
 
     # ------------------------------------------------------------------ reporting
 

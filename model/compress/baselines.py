@@ -67,6 +67,7 @@ class Eviction(ContextCompressor):
 
     gives = "cache"
     accepts = frozenset({"tokens", "cache"})
+    selects = True
 
     @abstractmethod
     def scores(self, mask: Tensor) -> Tensor:

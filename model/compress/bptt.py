@@ -27,13 +27,14 @@ from model.compress.segments import random_segments
 def segment_plan(
     compressor: SegmentCompressor, total: int, generator: torch.Generator | None = None
 ) -> list[int]:
-    """Segment lengths for a document of `total` tokens: as configured, random, or equal."""
+    """Segment lengths for a document of `total` tokens: as configured, random, or equal. Random ones leave
+    room for memory and summaries where those take positions."""
     config = compressor.config
     n = config.training_substeps * config.segments_per_substep
     if config.segment_lengths and not config.randomize_substeps:
         return list(config.segment_lengths)
     if config.randomize_substeps:
-        return random_segments(total, n, min(compressor.decoder.max_positions, total), generator)
+        return random_segments(total, n, min(compressor.longest_segment(n), total), generator)
     base, more = divmod(total, n)
     if base == 0:
         raise ValueError(

@@ -36,11 +36,14 @@ def join(
 ) -> tuple[LayerSlots, ...]:
     """The slots of `state`, layer by layer, followed by new ones.
     Layers that shared a mask go on sharing one."""
-    if state is None:
-        return tuple(layers)
+    return tuple(layers) if state is None else joined(decoder.lower(state), layers)
+
+
+def joined(held: Sequence[LayerSlots], layers: Sequence[LayerSlots]) -> tuple[LayerSlots, ...]:
+    """`held` followed by `layers`, layer by layer."""
     masks: dict[tuple[int, int], Tensor] = {}
     out = []
-    for old, new in zip(decoder.lower(state), layers):
+    for old, new in zip(held, layers):
         key = (id(old.mask), id(new.mask))
         masks.setdefault(key, torch.cat([old.mask, new.mask], 1))
         keys, values = torch.cat([old.keys, new.keys], 2), torch.cat([old.values, new.values], 2)

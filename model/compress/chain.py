@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -12,15 +11,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from model.compress.base import ContextCompressor
-from model.compress.context import CompressedContext
+from model.compress.context import CompressedContext, LayerSlots
 from model.compress.saving import FORMAT, write_json
-from model.compress.wrap import load_compressor
+
+
+def writer(stages: Sequence[ContextCompressor]) -> ContextCompressor:
+    """The stage that wrote the slots: the last one that does not merely select among those it is given."""
+    return next((stage for stage in reversed(stages) if not stage.selects), stages[0])
 
 
 class Chain(ContextCompressor):
     """`Chain([first, second, ...])`: the first reads tokens, every later one the carrier of the one before.
 
-    Embeddings are lowered to a cache where the next stage wants one. A ratio or budget given to
+    Embeddings are lowered to a cache where the next stage wants one. Slots are lowered, and the text after
+    them is read, with the adapter of the stage that wrote them. A ratio or budget given to
     `compress` is that of the whole chain; the stages before the last use their own configs.
     Raises ValueError, when built, for fewer than one stage, stages on different decoders, and a carrier that
     the next stage cannot take.
@@ -47,6 +51,12 @@ class Chain(ContextCompressor):
     def gives(self) -> str:  # type: ignore[override]
         return self.stages[-1].gives
 
+    def reading(self):
+        return writer(self.stages).reading()
+
+    def lower(self, context: CompressedContext) -> tuple[LayerSlots, ...]:
+        return writer(self.stages).lower(context)
+
     def _wanted(self, mask, state, ratio, budget):
         """A later stage compresses all that is kept, an earlier state included."""
         earlier = 0 if state is None or len(self.stages) == 1 else state.source_length
@@ -56,13 +66,16 @@ class Chain(ContextCompressor):
         if len(self.stages) == 1:
             return replace(self.stages[0]._compress(ids, mask, slots, state), method=self.registered_name)
         context = self.stages[0].compress(ids, mask, state=state)
-        for stage in self.stages[1:-1]:
-            context = self._next(stage, context, stage.slots_wanted(context.source_length, None, None))
-        return replace(self._next(self.stages[-1], context, slots), method=self.registered_name)
+        last = len(self.stages) - 1
+        for i in range(1, last):
+            wanted = self.stages[i].slots_wanted(context.source_length, None, None)
+            context = self._next(i, context, wanted)
+        return replace(self._next(last, context, slots), method=self.registered_name)
 
-    def _next(self, stage: Any, context: CompressedContext, wanted: Tensor) -> CompressedContext:
-        if context.carrier not in stage.accepts:
-            layers = self.lower(context)
+    def _next(self, i: int, context: CompressedContext, wanted: Tensor) -> CompressedContext:
+        stage = self.stages[i]
+        if context.carrier not in stage.accepts or context.extras:
+            layers = writer(self.stages[:i]).lower(context)
             context = CompressedContext(
                 context.method,
                 context.fingerprint,
@@ -74,18 +87,10 @@ class Chain(ContextCompressor):
         return stage.recompress(context, wanted.minimum(held))
 
     def save(self, folder: str | Path) -> None:
-        """Every stage in a folder of its own, and compressor_config.json naming them."""
+        """Every stage in a folder of its own, and compressor_config.json naming them; `load_compressor` reads
+        it back."""
         folder = Path(folder)
         names = [f"{i}_{stage.registered_name}" for i, stage in enumerate(self.stages)]
         for name, stage in zip(names, self.stages):
             stage.save(folder / name)
         write_json(folder / "compressor_config.json", {"format": FORMAT, "chain": names})
-
-    @staticmethod
-    def load(folder: str | Path, base_model: Any = None) -> Chain:
-        """What `save` wrote, on one base decoder."""
-        folder = Path(folder)
-        names = json.loads((folder / "compressor_config.json").read_text())["chain"]
-        stages = [load_compressor(folder / names[0], base_model)]
-        stages += [load_compressor(folder / name, stages[0].decoder) for name in names[1:]]
-        return Chain(stages)

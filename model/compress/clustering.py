@@ -3,12 +3,10 @@
 Token j may join an earlier representative i, never a later one, so nothing a token becomes depends on what
 comes after it. Rows never mix, padding never takes part.
 
-Shape legend: B batch  T time  D width  C code width.
+Shape legend: B batch  T time  D width  C code width  k values kept of it.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -132,75 +130,56 @@ def contrastive(z: Tensor, member: Tensor, mask: Tensor, margin: float) -> Tenso
 
 # ---------------------------------------------------------------------- stored residuals
 
-
-@dataclass(frozen=True)
-class SparseCode:
-    """Residual codes as stored: values uint8 [B, T, k], indices int16 [B, T, k],
-    scale and low fp32 [B, T]."""
-
-    values: Tensor
-    indices: Tensor
-    scale: Tensor
-    low: Tensor
-    width: int
-
-    def dense(self) -> Tensor:
-        """[B, T, C] fp32."""
-        v = self.values.float() * self.scale[..., None] + self.low[..., None]
-        out = v.new_zeros(*v.shape[:-1], self.width)
-        return out.scatter(-1, self.indices.long(), v)
+Code = dict[str, Tensor]  # the tensors of a code, by name, exactly as they are kept
 
 
-def encode(z: Tensor, sparsity: float, bits: int = 8) -> SparseCode:
-    """Keep the largest (1 - sparsity) share of each code z [B, T, C] and quantise it, token by token.
+def encode(z: Tensor, sparsity: float, bits: int = 8, levels: int = 1) -> Code:
+    """The largest (1 - sparsity) share of each code z [..., C], quantised token by token:
+    values uint8 and indices int16 [..., levels, k], scale and low fp32 [..., levels].
 
-    Affine, 2^bits levels (bits <= 8) from the least to the greatest kept value; errors are at most scale / 2.
+    Affine, 2^bits steps (bits <= 8) from the least to the greatest kept value; errors are at most scale / 2.
+    Every further level codes what is still missing; one that would not lower a token's error is left out
+    (scale and low 0), so that errors never grow. bits 0: `exact`, z itself.
     """
-    C = z.shape[-1]
-    k = max(1, round(C * (1 - sparsity)))
-    indices = z.abs().topk(k, -1).indices.sort(-1).values
-    kept = z.gather(-1, indices).float()
-    low = kept.amin(-1)
-    scale = ((kept.amax(-1) - low) / (2**bits - 1)).clamp_min(1e-12)
-    values = ((kept - low[..., None]) / scale[..., None]).round().clamp(0, 2**bits - 1)
-    return SparseCode(values.to(torch.uint8), indices.to(torch.int16), scale, low, C)
+    if not 0 <= bits <= 8:
+        raise ValueError(f"residual_bits {bits}: a stored value is one byte, 1 to 8 bits, or 0 for exact")
+    if bits == 0:
+        return {"exact": z}
+    k, back, made = max(1, round(z.shape[-1] * (1 - sparsity))), torch.zeros_like(z, dtype=torch.float32), []
+    for _ in range(levels):
+        indices = (z - back).abs().topk(k, -1).indices.sort(-1).values
+        kept = (z - back).gather(-1, indices).float()
+        low = kept.amin(-1)
+        scale = ((kept.amax(-1) - low) / (2**bits - 1)).clamp_min(1e-12)
+        values = ((kept - low[..., None]) / scale[..., None]).round().clamp(0, 2**bits - 1)
+        one = _stacked([(values.to(torch.uint8), indices.to(torch.int16), scale, low)])
+        more = back + decode(one, z.shape[-1])
+        better = (z - more).norm(dim=-1) < (z - back).norm(dim=-1)
+        back = torch.where(better[..., None], more, back)
+        made.append((values.to(torch.uint8), indices.to(torch.int16), scale * better, low * better))
+    return _stacked(made)
+
+
+def _stacked(levels: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Code:
+    values, indices, scale, low = zip(*levels)
+    return {
+        "values": torch.stack(values, -2),
+        "indices": torch.stack(indices, -2),
+        "scale": torch.stack(scale, -1),
+        "low": torch.stack(low, -1),
+    }
+
+
+def decode(code: Code, width: int) -> Tensor:
+    """What `encode` kept, as [..., C] with C = width: the sum of all levels."""
+    if "exact" in code:
+        return code["exact"]
+    v = code["values"].float() * code["scale"][..., None] + code["low"][..., None]
+    return v.new_zeros(*v.shape[:-1], width).scatter(-1, code["indices"].long(), v).sum(-2)
 
 
 def stored(z: Tensor, sparsity: float, bits: int, levels: int = 1) -> Tensor:
-    """z [B, T, C] as it comes back from storage, with a straight-through gradient.
-
-    levels: how often what is still missing is coded once more; a level that would not lower a token's error
-    is
-    left out, so that errors never grow. bits 0: kept as it is.
-    """
-    if bits == 0:
-        return z
+    """z [..., C] as it comes back from storage, with a straight-through gradient."""
     with torch.no_grad():
-        back = torch.zeros_like(z, dtype=torch.float32)
-        for _ in range(levels):
-            more = back + encode(z - back, sparsity, bits).dense()
-            better = (z - more).norm(dim=-1) < (z - back).norm(dim=-1)
-            back = torch.where(better[..., None], more, back)
+        back = decode(encode(z, sparsity, bits, levels), z.shape[-1])
     return z + (back.to(z.dtype) - z).detach()
-
-
-def code_bits(
-    member: Tensor,
-    mask: Tensor,
-    width: int,
-    itemsize: int,
-    residual: int,
-    sparsity: float,
-    bits: int,
-    levels: int,
-) -> int:
-    """Bits to store one clustered stream: representatives in full, an index per token, and residual codes of
-    width `residual` (0: none) for the tokens that joined."""
-    heads = int(representatives(member, mask).sum())
-    joined = int(mask.sum()) - heads
-    total = heads * width * itemsize * 8 + int(mask.sum()) * 32
-    if residual:
-        k = max(1, round(residual * (1 - sparsity)))
-        per_token = residual * itemsize * 8 if bits == 0 else levels * (k * (8 + 16) + 64)
-        total += joined * per_token
-    return total

@@ -120,7 +120,8 @@ class Condense(ContextCompressor):
             )
         S = int(slots.max())
         keep = torch.arange(S, device=ids.device) < slots[:, None]
-        soft = self.linear(self.norm(self._states(ids, mask, slots, keep)))
+        states = self._states(ids, mask, slots, keep).to(self.linear.weight.dtype)
+        soft = self.linear(self.norm(states))
         return join_embeds(state, self._embeds(soft, keep, mask.sum(1)))
 
     def _states(self, ids: Tensor, mask: Tensor, slots: Tensor, keep: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ class CompressedContext:
     Carrier `embeds`: embeds [B, S, E], slot_mask [B, S] bool, slot_positions [B, S] int64 (-1: no position
     at all, which only decoders with learned positions know) and slot_bias [B, S] or None.
     Carrier `cache`: layers, one `LayerSlots` per decoder layer; layers may differ in S.
-    extras: further tensors that the method keeps (residual codes, indices); counted in `bytes`.
+    extras: further tensors that the method keeps, rows first (codes of a stream, with their residuals and
+    indices); counted in `bytes`, and made into slots by the method's own `lower` alone.
     aux: losses and statistics of the compression, for training; neither counted, nor copied, nor saved.
     """
 

@@ -88,7 +88,6 @@ class Decoder:
         self.n_layers = len(self.layers)
         self.width = int(config.hidden_size)
         self.embed_width = int(self.embedding.embedding_dim)
-        self.vocab = int(config.vocab_size)
         self.n_heads = int(config.num_attention_heads)
         self.n_kv_heads = int(getattr(config, "num_key_value_heads", None) or self.n_heads)
         self.head_dim = int(getattr(config, "head_dim", None) or self.width // self.n_heads)
@@ -96,6 +95,14 @@ class Decoder:
         self.max_positions = int(config.max_position_embeddings)
         self.window = getattr(config, "sliding_window", None)
         self.fingerprint = fingerprint(model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
 
     # ------------------------------------------------------------------ parts
 

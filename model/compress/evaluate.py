@@ -16,7 +16,7 @@ import string
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,6 @@ class Score:
     kv_bytes: float = 0.0
     full_kv_bytes: float = 0.0
     slots: float = 0.0
-    extra: dict[str, float] = field(default_factory=dict)
 
     def loss(self, variant: str) -> float:
         """Nats per token."""
@@ -111,7 +110,8 @@ def losses_of(
             given = context.select(torch.arange(context.batch_size).roll(1))
         elif variant == "random":
             assert context is not None
-            given = random_like(context, torch.Generator().manual_seed(0))
+            slots = context if context.embeds is not None else replace_layers(compressor, context)
+            given = random_like(slots, torch.Generator().manual_seed(0))
         adapted = variant not in ("none", "full")
         logits, _ = compressor.decode(given, batch.text, batch.text_mask, adapted)
         out[variant] = token_losses(logits, labels).sum(1).cpu()
@@ -289,5 +289,5 @@ def replace_layers(compressor: ContextCompressor, context: CompressedContext) ->
     """The same context carried as a cache, as one stores it to answer many questions."""
     return CompressedContext(
         context.method, context.fingerprint, context.source_length, context.next_position,
-        layers=compressor.lower(context), extras=context.extras,
+        layers=compressor.lower(context),
     )  # fmt: skip

@@ -50,9 +50,15 @@ FAMILIES = {
 }  # fmt: skip
 
 
+SAMPLES = 1024  # weights of a tensor whose signs are taken
+
+
 def fingerprint(model: Any) -> str:
-    """A hash of the configuration's sizes and of samples of every weight (rounded to bf16, so that a decoder
-    loaded in a lower precision is still recognised)."""
+    """A hash of the configuration's sizes and of the signs of samples of every weight.
+
+    Signs, because no rounding moves them: a copy in bf16 or fp16 is the same decoder, and any training turns
+    some of the thousands that are taken.
+    """
     config = model.config.to_dict()
     keep = (
         "model_type",
@@ -65,7 +71,7 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.blake2b(json.dumps({k: config.get(k) for k in keep}).encode(), digest_size=16)
     for name, value in sorted(model.named_parameters()):
         flat = value.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64]
+        sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
         digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        digest.update(torch.signbit(sample).cpu().numpy().tobytes())
     return digest.hexdigest()

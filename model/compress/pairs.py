@@ -144,7 +144,8 @@ def split_rows(mask: Tensor, T_w: int) -> Split:
 
 
 class CompressedAttention(nn.Module):
-    """The compressing part of one layer: merges pairs and scores them with the layer's own projections."""
+    """The compressing part of one layer: merges pairs and scores them with the layer's own projections.
+    Called, it shortens a stream (mode stream); `slots` shortens the layer's keys and values (mode kv)."""
 
     def __init__(self, decoder: Decoder, layer: int, config: PairsConfig) -> None:
         super().__init__()
@@ -192,9 +193,16 @@ class CompressedAttention(nn.Module):
             out.append(take(torch.cat([grid, take(whole, split.window)], 2), index))
         return LayerSlots(out[0], out[1], mask)
 
-    def shorten(self, h: Tensor, mask: Tensor, positions: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mode stream: h [B, T, D], mask, positions [B, T], packed -> the same three, shortened."""
+    def forward(
+        self, h: Tensor, mask: Tensor, positions: Tensor, n: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h [B, T, D], mask, positions [B, T], packed -> the same three, shortened.
+
+        n: [B] pairs that come back; None: by r and M.
+        """
         split = split_rows(mask, self.config.T_w)
+        if n is None:
+            n = ops.selected_count(split.there.sum(1), self.config.r, self.config.M or 0)
         merged, selected, gate = self.choose(h, split, n)
         index, kept = ops.compact(torch.cat([ops.places(selected, split.there), split.asking], 1))
         flat = split.pairs.flatten(1)
@@ -301,11 +309,7 @@ class Pairs(ContextCompressor):
             run = self.decoder.run(h, positions, mask, past=past, stop=bounds[0], checkpoint=checkpoint)
             h, kv = run.hidden, [(k, v, mask) for k, v in run.kv]
         for begin, end in pairwise(bounds):
-            if n is None:
-                length = mask.sum(1)
-                pairs = (length - ops.window_length(length, self.config.T_w)) // 2
-                n = ops.selected_count(pairs, self.config.r, self.config.M or 0)
-            h, mask, positions = self.layers[str(begin)].shorten(h, mask, positions, n)  # type: ignore[operator]
+            h, mask, positions = self.layers[str(begin)](h, mask, positions, n)
             n = None
             run = self.decoder.run(
                 h, positions, mask, past=past, start=begin, stop=end, checkpoint=checkpoint

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from model.compress.base import CompressorOutput
-from model.compress.decoder import Decoder
 from model.compress.pairs import Pairs, PairsConfig
 from model.compress.rows import checked_mask, pack
 from model.compress.saving import write_json
+from model.compress.wrap import wrap
 
 
 class CompressedDecoderLayer(nn.Module):
@@ -31,9 +31,11 @@ class CompressedDecoderLayer(nn.Module):
         self.compressor, self.layer = compressor, layer
         self.attention = compressor.layers[str(layer)]
 
-    def forward(self, h: Tensor, mask: Tensor, positions: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h [B, T, D], mask bool and positions int64 [B, T], n [B] pairs that come back."""
-        h, mask, positions = self.attention.shorten(h, mask, positions, n)  # type: ignore[operator]
+    def forward(
+        self, h: Tensor, mask: Tensor, positions: Tensor, n: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """h [B, T, D], mask bool and positions int64 [B, T], n [B] pairs back (None: by r and M)."""
+        h, mask, positions = self.attention(h, mask, positions, n)
         run = self.compressor.decoder.run(h, positions, mask, start=self.layer, stop=self.layer + 1)
         return run.hidden, mask, positions
 
@@ -53,7 +55,7 @@ class ModelWrapperPretrained(nn.Module):
     ) -> None:
         super().__init__()
         config = PairsConfig(mode="stream", layer_idx=tuple(layer_idx), T_w=T_w, r=r, M=M, **options)
-        self.compressor = Pairs(Decoder(original_model), config)
+        self.compressor: Any = wrap(original_model, config)
         self.T_w = T_w
 
     def forward(
@@ -68,9 +70,14 @@ class ModelWrapperPretrained(nn.Module):
         Row by row the last positions are the window's, so a loss over `labels` [B, T] scores the last T_w
         tokens
         of each row, each from the position before it; the window is the only part that later tokens did not
-        shape.
+        shape. T_w: score fewer than the model's window; more raises ValueError. A row's first token is never
+        scored.
         """
-        c = self.compressor
+        c, scored = self.compressor, self.T_w if T_w is None else T_w
+        if scored > self.T_w:
+            raise ValueError(
+                f"T_w={scored}: the loss covers the model's window of T_w={self.T_w} tokens at most"
+            )
         mask = checked_mask(input_ids, attention_mask, c.decoder.config.pad_token_id, "forward")
         ids, packed = pack(input_ids, mask)
         h, kept, _, _ = c.stream(ids, packed)
@@ -79,8 +86,8 @@ class ModelWrapperPretrained(nn.Module):
         if labels is None:
             return CompressorOutput(None, logits)
         targets, keep = pack(labels, mask, left=False)
-        targets = targets.masked_fill(~keep, -100)
-        span = min((self.T_w if T_w is None else T_w) + 1, logits.shape[1])
+        targets = targets.masked_fill(keep.cumsum(1) <= 1, -100)
+        span = min(scored + 1, logits.shape[1])
         loss = nn.functional.cross_entropy(
             logits[:, -span:-1].flatten(0, 1).float(), targets[:, targets.shape[1] - span + 1 :].flatten(),
             ignore_index=-100,
@@ -177,7 +184,8 @@ class WindowedLossSFTTrainer:
             total = 0.0
             for _ in range(self.accumulate):
                 picked = torch.randint(len(self.rows), (self.batch_size,), generator=self.generator)
-                rows = [torch.tensor(self.rows[i]) for i in picked.tolist()]
+                device = self.model.compressor.decoder.device
+                rows = [torch.tensor(self.rows[i], device=device) for i in picked.tolist()]
                 ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
                 mask = nn.utils.rnn.pad_sequence([torch.ones_like(r) for r in rows], batch_first=True)
                 loss = self.model(ids, mask, labels=ids, T_w=self.T_w).loss / self.accumulate

@@ -1,4 +1,4 @@
-"""Cutting rows into segments: equal shares of each row, given lengths, or random ones.
+"""Cutting rows into segments: by each row's own length, at given columns, or at random.
 
 Shape legend: B batch  T time.
 """
@@ -14,10 +14,17 @@ from model.compress.caches import window_of
 from model.compress.rows import pack
 
 
-def equal_segments(ids: Tensor, mask: Tensor, counts: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Packed rows [B, T] cut into `counts` [B] near-equal segments each;
-    a row's later segments may be empty."""
+def row_segments(
+    ids: Tensor, mask: Tensor, counts: Tensor, lengths: Sequence[int] = ()
+) -> list[tuple[Tensor, Tensor]]:
+    """Packed rows [B, T] cut into `counts` [B] segments each: of `lengths` where a row has exactly that many
+    segments and tokens, near equal elsewhere. A row's later segments may be empty."""
     which = window_of(mask, counts)
+    if lengths:
+        fits = (mask.sum(1) == sum(lengths)) & (counts == len(lengths))
+        ends = torch.tensor(lengths, device=ids.device).cumsum(0)
+        given = torch.searchsorted(ends, torch.arange(ids.shape[1], device=ids.device), right=True)
+        which = torch.where(fits[:, None], given, which)
     n = int(counts.max()) if counts.numel() else 0
     out = []
     for j in range(n):

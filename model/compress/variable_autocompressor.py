@@ -78,6 +78,10 @@ class VariableAutoCompressor(SegmentCompressor):
         return self.config.compression_max_len
 
     @property
+    def closing(self) -> int:
+        return self.per_segment + 1 if self.per_segment else 0  # <sum>, then the steps
+
+    @property
     def accumulates(self) -> bool:
         return not self.config.recompress_memory
 

@@ -11,13 +11,15 @@ from typing import Any
 from safetensors.torch import load_file
 
 from model.compress.base import METHODS, CompressorConfig, ContextCompressor, method_names
+from model.compress.chain import Chain
 from model.compress.decoder import Decoder, load_decoder
 from model.compress.saving import FORMAT
 from model.registry import did_you_mean
 
 
 def wrap(model: Any, config: str | Mapping[str, Any] | CompressorConfig, **options: Any) -> ContextCompressor:
-    """A compressor around a causal decoder, in evaluation mode.
+    """A compressor around a causal decoder, on its device, in evaluation mode. The method's own tensors are
+    fp32 whatever the decoder's dtype.
 
     model: a transformers causal model of a known family, or a `Decoder`.
     config: a method's name, a mapping with `method` and its options, or a config object; options override.
@@ -25,7 +27,8 @@ def wrap(model: Any, config: str | Mapping[str, Any] | CompressorConfig, **optio
     """
     cls, settings = _resolve(config, options)
     decoder = model if isinstance(model, Decoder) else Decoder(model)
-    return cls(decoder, settings).eval()
+    with decoder.device:
+        return cls(decoder, settings).eval()
 
 
 def _resolve(config: Any, options: Mapping[str, Any]) -> tuple[type[ContextCompressor], CompressorConfig]:
@@ -48,7 +51,7 @@ def _resolve(config: Any, options: Mapping[str, Any]) -> tuple[type[ContextCompr
 
 
 def load_compressor(path: str | Path, base_model: Any = None) -> ContextCompressor:
-    """What `save` wrote, on its base (loaded by name when not given), in evaluation mode.
+    """What `save` wrote, a chain included, on its base (loaded by name when not given), in evaluation mode.
 
     Raises FileNotFoundError, ValueError for another base decoder, RuntimeError for missing or extra tensors.
     """
@@ -56,6 +59,10 @@ def load_compressor(path: str | Path, base_model: Any = None) -> ContextCompress
     described = json.loads((folder / "compressor_config.json").read_text())
     if described.get("format") != FORMAT:
         raise ValueError(f"{folder}: not a compressor (format {described.get('format')!r})")
+    if "chain" in described:
+        first, *rest = (folder / name for name in described["chain"])
+        stages = [load_compressor(first, base_model)]
+        return Chain(stages + [load_compressor(stage, stages[0].decoder) for stage in rest])
     if base_model is None:
         if not described["base"]:
             raise ValueError(f"{folder} does not name its base decoder; pass base_model")

@@ -60,8 +60,8 @@ class PairMerge(nn.Module):
         nn.init.normal_(self.down.weight, std=0.02 / hidden_dim**0.5)
 
     def merge(self, pairs: Tensor) -> Tensor:
-        """[..., P, 2, d] -> [..., P, d], in the dtype of the pairs."""
-        p = (pairs + self.positions.to(pairs.dtype)).flatten(-2)
+        """[..., P, 2, d] -> [..., P, d], in the dtype of the pairs, whatever that of the weights."""
+        p = (pairs + self.positions.to(pairs.dtype)).flatten(-2).to(self.gate.weight.dtype)
         mean = (pairs * self.mix.to(pairs.dtype)[:, None]).sum(-2)
         return mean + self.down(nn.functional.silu(self.gate(p)) * self.up(p)).to(pairs.dtype)
 

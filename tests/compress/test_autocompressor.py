@@ -15,7 +15,7 @@ from model.compress.autocompressor_model import (
 )
 from model.compress.bptt import backward_document, segment_plan
 from model.compress.segments import random_segments
-from tests.compress.tiny import batch, tiny_decoder
+from tests.compress.tiny import batch, rows_equal, tiny_decoder
 
 FIXED = {"summary_length": 3, "lora_rank": 2, "segment_length": 8}
 VARIABLE = {"compression_max_len": 3, "lora_rank": 2, "segment_length": 8}
@@ -278,6 +278,9 @@ def test_model_interface(llama):
     assert torch.equal(a, b) and a.shape == (2, 13)
     with pytest.raises(ValueError, match="add up"):
         model(ids, segment_lengths=[8, 9])
+    for lengths in ([5], [8, 5], [8, 9]):  # nothing of a prompt is dropped
+        with pytest.raises(ValueError, match="add up to the 16 columns"):
+            model.generate(ids, segment_lengths=lengths, max_new_tokens=2)
     with pytest.raises(ValueError, match="type opt"):
         OPTAutoCompressorModel(make(llama))
 
@@ -328,6 +331,39 @@ def test_random_segments(total, n, longest, seed):
     lengths = random_segments(total, n, longest, generator)
     assert sum(lengths) == total and len(lengths) == n
     assert all(2 <= x <= longest for x in lengths)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("method", KINDS)
+def test_random_segments_leave_room(family, replace, method):
+    """Every draw can be read, memory and summaries included; one token more could not."""
+    memory = (
+        {"accumulate_summary": not replace} if method == "autocompressor" else {"recompress_memory": replace}
+    )
+    c = make(tiny_decoder(family), method, randomize_substeps=True, segments_per_substep=4, **memory).train()
+    ids, longest = batch([220])[0], c.longest_segment(4)
+    for seed in range(20):
+        plan = segment_plan(c, 200, torch.Generator().manual_seed(seed))
+        assert max(plan) <= longest and sum(plan) == 200
+    read = lambda *plan: c.document(ids[:, : sum(plan)], segment_lengths=plan).logits  # noqa: E731
+    with torch.no_grad():
+        assert torch.isfinite(read(10, 10, longest, longest)).all()
+        with pytest.raises(ValueError, match="has 96"):
+            read(10, 10, longest + 1, 10), read(10, 10, 10, longest + 1)
+
+
+def test_given_lengths_yield_to_a_budget_and_hold_row_by_row(llama):
+    """segment_lengths cut the rows that have so many tokens, unless a budget asks for another number."""
+    c = make(llama, segment_lengths=(4, 12))
+    ids, mask = batch([16, 11])
+    assert c.compress(ids, mask, budget=3).slot_counts.tolist() == [3, 3]
+    both = c.compress(ids, mask)
+    for row, n in enumerate((16, 11)):
+        assert rows_equal(both, c.compress(ids[row : row + 1, :n]), row) < 2e-5
+    by_hand = c.document(ids[:1], segment_lengths=(4, 12), output_softprompt=True).softprompt
+    assert torch.allclose(both.embeds[:1], by_hand.embeds, atol=2e-5)
+    assert not torch.allclose(make(llama).compress(ids[:1]).embeds, by_hand.embeds, atol=1e-2)
 
 
 def test_limits_are_named(llama):

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.compress import CompressedContext, load_compressor, wrap
 from model.compress import clustering as ops
-from model.compress import load_compressor, wrap
-from model.compress.clusters import ClusterLayer, ClustersConfig
+from model.compress.cluster_layer import ClusterLayer, ClustersConfig
 from tests.compress.tiny import batch, tiny_decoder
 
 MODES = ("length", "quality")
@@ -155,6 +155,31 @@ def test_quality_hooks_equal_our_own_run(model):
     assert made.shape == (1, 17)
 
 
+@pytest.mark.parametrize("needs", [{"protect_ids": 20}, {"attention_weight": 0.3}], ids=str)
+def test_hooks_refuse_what_they_cannot_see(llama, needs):
+    """Neither ids nor attention reach a layer's hook: an error, not other clusters."""
+    c = make(llama, mode="quality", **{**TRAINED, **needs})
+    ids, prompt = batch([14])[0], batch([4], seed=2)[0]
+    with c.attached() as attached, pytest.raises(ValueError, match=next(iter(needs))):
+        attached(ids)
+    context = c.compress(ids)  # a compressed context is read as ever
+    with c.attached() as attached:
+        made = attached.generate(**c.generate_inputs(context, prompt), max_new_tokens=2, do_sample=False)
+    assert torch.equal(made, c.generate(prompt, context, max_new_tokens=2, do_sample=False))
+
+
+def test_quality_of_a_bf16_decoder():
+    """The code keeps heads as the decoder has them, and what is rebuilt is in its dtype."""
+    c = make(tiny_decoder("llama").bfloat16(), mode="quality", **TRAINED)
+    ids, text = batch([14])[0], batch([5], seed=2)[0]
+    context = c.compress(ids)
+    assert context.extras["0.0.heads"].dtype == torch.bfloat16
+    assert c.lower(context)[1].keys.dtype == torch.bfloat16
+    soft = c.train().compress(ids)
+    assert torch.allclose(c.eval().decode(context, text)[0], c.decode(soft, text)[0], atol=0.5)
+    c.train().through(ids, labels=ids).loss.backward()
+
+
 def test_contrastive_loss():
     """7. Nothing for one cluster, nothing for orthogonal ones, something for two that are close."""
     mask = torch.ones(1, 4, dtype=torch.bool)
@@ -173,20 +198,90 @@ def test_stored_residuals(seed, C, sparsity):
     z = torch.randn(2, 3, C, generator=torch.Generator().manual_seed(seed))
     code = ops.encode(z, sparsity)
     k = max(1, round(C * (1 - sparsity)))
-    assert code.values.shape == (2, 3, k)
-    kept = code.dense() != 0
-    assert ((code.dense() - z).abs() * kept).amax(-1).le(code.scale / 2 + 1e-6).all()
+    assert code["values"].shape == code["indices"].shape == (2, 3, 1, k)
+    assert code["values"].dtype == torch.uint8 and code["indices"].dtype == torch.int16
+    back = ops.decode(code, C)
+    assert ((back - z).abs() * (back != 0)).amax(-1).le(code["scale"][..., 0] / 2 + 1e-6).all()
     errors = [(ops.stored(z, sparsity, 8, levels) - z).norm(dim=-1) for levels in (1, 2, 3)]
     assert (errors[1] <= errors[0] + 1e-6).all() and (errors[2] <= errors[1] + 1e-6).all()
-    per_token = (
-        sum(t.numel() * t.element_size() for t in (code.values, code.indices, code.scale, code.low)) / 6
-    )
-    member, mask = torch.tensor([[0, 0, 0]]), torch.ones(1, 3, dtype=torch.bool)
-    bits = ops.code_bits(member, mask, 10, 4, C, sparsity, 8, 1)
-    assert bits == 10 * 32 + 3 * 32 + 2 * per_token * 8
+    assert torch.equal(ops.stored(z, sparsity, 0), z)
     x = z.clone().requires_grad_()
     ops.stored(x, sparsity, 8).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("bits", [-1, 9, 16])
+def test_codes_are_at_most_a_byte(llama, bits):
+    with pytest.raises(ValueError, match=f"residual_bits {bits}"):
+        ops.encode(torch.randn(1, 2, 8), 0.5, bits)
+    with pytest.raises(ValueError, match=f"residual_bits={bits}"):
+        make(llama, use_residuals=True, residual_bits=bits)
+
+
+CODED = [
+    {},
+    {"residual_levels": 3, "residual_sparsity": 0.3},
+    {"residual": "identity", "residual_bits": 4},
+    {"residual_bits": 0},
+    {"use_residuals": False},
+]
+
+
+@pytest.mark.parametrize("options", CODED, ids=str)
+def test_the_stored_code_is_what_later_layers_read(options):
+    """Quality mode keeps the code of the stream and no cache behind it; read is the rebuilt stream."""
+    model = tiny_decoder("llama", num_hidden_layers=4)
+    c = make(model, mode="quality", layer_idx=(1, 2), **{**TRAINED, **options})
+    ids, mask = batch([20, 13])
+    context, text = c.compress(ids, mask), batch([5, 5], seed=2)[0]
+    assert [x.keys.shape[2] for x in context.layers] == [20, 20, 0, 0]
+    names = {"0.1.heads", "0.1.member", "0.2.heads", "0.2.member"}
+    kept = {"exact"} if options.get("residual_bits") == 0 else {"values", "indices", "scale", "low"}
+    if options.get("use_residuals", True):
+        names |= {f"0.{i}.{k}" for i in (1, 2) for k in kept}
+    assert set(context.extras) == names
+    for row, n in enumerate((20, 13)):  # in one go, every text token reads the same rebuilt states
+        whole = c.run(ids[row : row + 1, :n], mask[row : row + 1, :n].bool())[1]
+        for i, layer in enumerate(c.lower(context)):
+            assert torch.allclose(layer.keys[row, :, :n], whole[i].keys[0], atol=1e-4)
+    trained = c.train().compress(ids, mask)
+    assert not trained.extras and trained.layers[3].keys.shape[2] == 20
+    c.eval()
+    assert torch.allclose(c.decode(context, text)[0], c.decode(trained, text)[0], atol=1e-4)
+
+
+def test_every_stored_bit_is_counted(tmp_path, llama):
+    """13. The bytes of a coded context are the caches up to the layer, and every tensor of the code."""
+    c = make(llama, mode="quality", use_residuals=True, similarity_threshold=0.0, importance=False)
+    ids, _ = batch([40])
+    context, other = c.compress(ids), wrap(c.decoder, "full").compress(ids)
+    heads = context.extras["0.0.heads"].shape[1]
+    assert 1 < heads < 40
+    code = heads * 32 * 4 + 40 * 4 + (40 - heads) * (1 + 2 + 4 + 4)  # a tenth of 8 code channels: one
+    cache, small = 2 * 2 * 40 * 8 * 4, 2 * 8 + 40  # keys and values of layer 0; two lengths and a mask
+    assert context.bytes() == code + cache + small
+    assert c.memory_report(context)["kv_bytes"] == c.memory_report(other)["kv_bytes"]  # while decoding
+    context.save(tmp_path / "x.safetensors")
+    again, text = CompressedContext.load(tmp_path / "x.safetensors"), batch([5], seed=2)[0]
+    assert torch.equal(c.decode(again, text)[0], c.decode(context, text)[0])
+    doubled = context.repeat(2).select(torch.tensor([1]))
+    assert torch.allclose(c.decode(doubled, text)[0], c.decode(context, text)[0], atol=1e-6)
+    with pytest.raises(ValueError, match="its own method clusters reads"):
+        wrap(c.decoder, "full").decode(context, text)
+
+
+def test_codes_are_continued(llama):
+    """A later piece is run behind the cache that the earlier pieces' codes stand for, on ragged rows too."""
+    c = make(llama, mode="quality", **TRAINED)
+    ids, mask = batch([20, 13])
+    first = c.compress(ids[:, :12], mask[:, :12])
+    both = c.compress(ids[:, 12:], mask[:, 12:], state=first)
+    text = batch([5, 5], seed=2)[0]
+    logits = c.decode(both, text)[0]
+    soft = c.train().compress(ids[:, 12:], mask[:, 12:], state=c.compress(ids[:, :12], mask[:, :12]))
+    assert torch.allclose(logits, c.eval().decode(soft, text)[0], atol=1e-4)
+    made = c.generate(text, both, max_new_tokens=2, do_sample=False)
+    assert torch.equal(made[:, 5], logits[:, -1].argmax(-1))
 
 
 @pytest.mark.parametrize("budget", [1, 3, 8, 20])

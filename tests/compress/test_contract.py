@@ -205,12 +205,12 @@ def test_generate_table(method, cache, llama):
     torch.manual_seed(3)
     assert run(do_sample=True, num_return_sequences=2).shape == (4, 12)
     assert run(num_beams=3, do_sample=False).shape == (2, 12)
-    # dropping the first prompt tokens would change what comes out of the last one
-    last = [
-        c.decode(context, p, m)[0][:, -1]
-        for p, m in ((prompt, prompt_mask), (prompt[:, 5:], prompt_mask[:, 5:]))
-    ]
-    assert not torch.allclose(*last)
+    # every prompt token was read: the logits of generate's first step are those after the whole prompt
+    how = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    first, want = run(**how).logits[0], c.decode(context, prompt, prompt_mask)[0][:, -1]
+    short = c.decode(context, prompt[:, 5:], prompt_mask[:, 5:])[0][:, -1]
+    assert (first - want).abs().max() < (first - short).abs().max() / 2
+    assert cache == "quantized" or torch.allclose(first, want, atol=1e-3)
 
 
 @pytest.mark.parametrize("cache", ["static", "quantized"])
@@ -356,17 +356,3 @@ def test_empty_context(family):
     got, _ = c.decode(c.compress(ids, mask, budget=3), text)
     alone, _ = c.decode(None, text)
     assert torch.allclose(got[1], alone[1], atol=1e-5)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("method", ["condense", "autocompressor", "pairs", "clusters"])
-def test_bf16_autocast_stays_finite(method, side, model):
-    """Mixed precision with padding: masked scores must not round to minus infinity."""
-    c = make(model, method).train()
-    ids, mask = batch([12, 5], side)
-    text, text_mask = batch([6, 3], side, seed=3)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = c(ids, text, context_mask=mask, attention_mask=text_mask, **asked(method)).loss
-    loss.backward()
-    grads = [p.grad for p in c.parameters() if p.grad is not None]
-    assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in grads)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from model.compress import Chain, wrap
+from model.compress import Chain, load_compressor, wrap
 from model.compress import evaluate as ev
+from tests.compress.test_contract import make
 from tests.compress.tiny import batch, tiny_decoder
 from train import compress_data as data
 from train.errors import UserError
@@ -55,7 +57,24 @@ def test_oracle_beats_random_slots(llama):
 
 def test_restore_and_answers(llama):
     b = rows(3)
-    assert 0 <= ev.restore_accuracy(wrap(llama, "mean_pool"), b, ratio=2) <= 1
+    b.context_mask[0, 12:] = False
+    for wrong, want in ((0, 1.0), (5, 1 - 10 / 49)):  # 11 + 19 + 19 tokens have one before them
+
+        def recites(context, ids, mask, wrong=wrong):
+            """Predicts every next token, but for the first `wrong` of rows 1 and 2; garbage on padding."""
+            told = ids.roll(-1, 1).masked_fill(~mask.roll(-1, 1), 7)
+            told[1:, :wrong] += 1
+            return torch.nn.functional.one_hot(told, 70), None
+
+        oracle = SimpleNamespace(compress=lambda ids, mask, **asked: None, decode=recites)
+        assert ev.restore_accuracy(oracle, b) == pytest.approx(want)
+    pooled = wrap(llama, "mean_pool")  # and of a real one, counted row by row
+    found = right = 0
+    for row, n in enumerate((12, 20, 20)):
+        ids = b.context[row : row + 1, :n]
+        said = pooled.decode(pooled.compress(ids, ratio=2), ids)[0][:, :-1].argmax(-1)
+        right, found = right + int((said == ids[:, 1:]).sum()), found + n - 1
+    assert ev.restore_accuracy(pooled, b, ratio=2) == pytest.approx(right / found)
     assert ev.exact_match("The Paris.", "paris") == 1 and ev.exact_match("Rome", "paris") == 0
     assert ev.f1("blue sky", "the blue sea") == pytest.approx(0.5)
     assert ev.cost(wrap(llama, "mean_pool"), b, new_tokens=2, rounds=1, ratio=4).compress_s > 0
@@ -72,29 +91,38 @@ class Letters:
 
 
 def test_passkey_table(llama):
-    rng = random.Random(0)
-    table = ev.passkey_table(
-        wrap(llama, "full"), Letters(), lambda n, d: {"context": "a" * n, "prompt": "k", "answer": str(d)},
-        [8], [0.0, 1.0], trials=1,
-    )  # fmt: skip
-    assert set(table) == {(8, 0.0), (8, 1.0)}
+    rng, made = random.Random(0), []
+    full = wrap(llama, "full")
+    said = ev.answer(full, Letters(), "a" * 8, ["k"])[0]  # what it writes after these, right by definition
+
+    def make_record(length, depth):
+        made.append((length, depth))
+        right = depth == 0.0 or (depth == 0.5 and len(made) % 2)
+        return {"context": "a" * length, "prompt": "k", "answer": f" {said[:4]} " if right else "#"}
+
+    table = ev.passkey_table(full, Letters(), make_record, [8], [0.0, 0.5, 1.0], trials=2)
+    assert table == {(8, 0.0): 1.0, (8, 0.5): 0.5, (8, 1.0): 0.0}
+    assert made == [(8, d) for d in (0.0, 0.5, 1.0) for _ in range(2)] and len(said) == 12
     record = data.passkey(rng, lines=5, depth=1.0)
     assert record["answer"].strip() in record["context"].splitlines()[-1]
 
 
 def test_chain(tmp_path, llama):
     """17. Carriers are checked when built; a chain of embeddings and eviction works and comes back."""
-    auto = wrap(llama, "autocompressor", summary_length=4, segment_length=8, lora_rank=2)
+    auto = make(llama, "autocompressor")
     evict = wrap(auto.decoder, "sink_window", sinks=1)
     chain = Chain([auto, evict])
     b = rows(2)
     context = chain.compress(b.context, b.context_mask, budget=5)
     assert context.slot_counts.unique().tolist() == [5] and context.method == "chain"
     chain.save(tmp_path)
-    again = Chain.load(tmp_path, llama)
+    again = load_compressor(tmp_path, tiny_decoder("llama"))
+    assert isinstance(again, Chain)
     assert torch.equal(
         again.decode(again.compress(b.context, budget=5), b.text)[0], chain.decode(context, b.text)[0]
     )
+    with pytest.raises(ValueError, match="another decoder"):
+        load_compressor(tmp_path, tiny_decoder("llama", seed=1))
     with pytest.raises(ValueError, match="accepts tokens"):
         Chain([evict, wrap(auto.decoder, "mean_pool")])
     with pytest.raises(ValueError, match="same decoder"):
@@ -103,6 +131,34 @@ def test_chain(tmp_path, llama):
     with pytest.raises(ValueError, match="accepts embeds"):
         Chain([evict, embeds_after_cache])
     assert Chain([auto, embeds_after_cache]).compress(b.context).slot_counts.tolist() == [2, 2]
+
+
+def test_chain_reads_with_the_adapter_that_wrote(llama):
+    """Slots of an AutoCompressor are lowered and read with its LoRA, evicted or not; of two AutoCompressors,
+    with that of the second."""
+    auto, b = make(llama, "autocompressor"), rows(2)
+    evict, own = wrap(auto.decoder, "sink_window"), auto.compress(b.context)
+    want = auto.decode(own, b.text)[0]
+    assert not torch.allclose(auto.decode(own, b.text, adapted=False)[0], want, atol=0.1)
+    for chain in (Chain([auto]), Chain([auto, evict])):
+        context = chain.compress(b.context, budget=9)
+        assert torch.allclose(chain.decode(context, b.text)[0], want, atol=2e-5)
+        assert torch.allclose(chain.lower(context)[1].keys, auto.lower(own)[1].keys, atol=2e-5)
+    second = make(auto.decoder, "autocompressor", summary_length=2)
+    twice = Chain([auto, second])
+    context, slots = twice.compress(b.context), torch.tensor([2, 2])
+    again = second.recompress(auto.compress(b.context), slots)
+    assert torch.allclose(twice.decode(context, b.text)[0], second.decode(again, b.text)[0], atol=2e-5)
+
+
+def test_chain_of_a_code(llama):
+    """What quality clusters keep as a code is run into a cache before another stage selects from it."""
+    c = make(llama, "clusters", mode="quality")
+    chain, b = Chain([c, wrap(c.decoder, "sink_window")]), rows(2)
+    kept = chain.compress(b.context, budget=20)
+    assert torch.allclose(
+        chain.decode(kept, b.text)[0], c.decode(c.compress(b.context), b.text)[0], atol=2e-5
+    )
 
 
 # ------------------------------------------------------------------ examples
@@ -190,9 +246,16 @@ def test_requests_of_the_harness(llama):
 def test_cluster_plots(tmp_path, llama):
     from experiments.compression.cluster_plots import draw, measure
 
-    c = wrap(llama, "clusters", importance=False, contrastive_weight=0.0, similarity_threshold=0.2)
-    found = measure(c, batch([24])[0])
-    counted = c.compress(batch([24])[0]).slot_counts[-1]
-    assert found[0]["ratio"] == pytest.approx(24 / int(counted))
+    deep, ids = tiny_decoder("llama", num_hidden_layers=4), batch([24])[0]
+    how = {"layer_idx": (0, 2), "importance": False, "contrastive_weight": 0.0, "similarity_threshold": 0.2}
+    for more in ({}, {"attention_weight": 0.3, "position_reach": 20.0}):  # in the mode that is asked for
+        c = wrap(deep, "clusters", **how, **more)
+        counts = c.compress(ids).slot_counts[[1, 3], 0].tolist()
+        found = measure(c, ids)
+        assert [f["layer"] for f in found] == [0, 2] and 24 > counts[0] > counts[1]
+        assert [f["ratio"] for f in found] == pytest.approx([24 / n for n in counts])
+        assert [len(f["member"]) for f in found] == [24, counts[0]]
+    quality = measure(wrap(deep, "clusters", mode="quality", **how), ids)
+    assert [len(f["tau"]) for f in quality] == [24, 24]
     draw(found, tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 1000

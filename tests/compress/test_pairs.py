@@ -3,6 +3,8 @@ names."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +16,7 @@ from model.compress.pairs import (
     WindowAttentionScore,
     interleave_selected_pure_tensor,
     select_tokens,
+    split_rows,
 )
 from model.compress.pairs_model import CompressedDecoderLayer, ModelWrapperPretrained, WindowedLossSFTTrainer
 from model.ops import pairs as ops
@@ -223,6 +226,22 @@ def test_wrapper_scores_the_window(llama):
     assert torch.allclose(right.loss, want, atol=1e-5)
 
 
+def test_short_rows_are_scored_as_alone(llama):
+    """A row no longer than the window has no token before its first: that one is scored in no batch."""
+    model = ModelWrapperPretrained(llama, [1], T_w=8, r=0.0, hidden_dim=8)
+    ids, mask = batch([16, 6, 8])
+    model.requires_grad_(False)
+    together = model(ids, mask, labels=ids).loss
+    rows = [model(ids[i : i + 1, :n], labels=ids[i : i + 1, :n]).loss for i, n in enumerate((16, 6, 8))]
+    assert together.item() == pytest.approx(float(8 * rows[0] + 5 * rows[1] + 7 * rows[2]) / 20, abs=1e-5)
+    fewer = model(ids, mask, labels=ids, T_w=4).loss
+    alone = [model(ids[i : i + 1, :n]).logits[0, -5:-1] for i, n in enumerate((16, 6, 8))]
+    last = torch.cat([ids[i, n - 4 : n] for i, n in enumerate((16, 6, 8))])
+    assert torch.allclose(fewer, torch.nn.functional.cross_entropy(torch.cat(alone), last), atol=1e-5)
+    with pytest.raises(ValueError, match="T_w=9"):
+        model(ids, mask, labels=ids, T_w=9)
+
+
 def test_window_edits_leave_earlier_logits(llama):
     """7. With every pair merged whatever the scores, a later window token changes nothing before it."""
     model = ModelWrapperPretrained(llama, [0], T_w=6, r=0.0, hidden_dim=8)
@@ -256,6 +275,35 @@ def test_trainer_of_the_description(capsys, tmp_path):
         WindowedLossSFTTrainer(model, None, [[3] * 600], T_w=6)
 
 
+def test_wrapper_and_trainer_of_a_bf16_decoder():
+    """The description's case: a decoder in half precision, pair MLPs in fp32, no autocast."""
+    model = ModelWrapperPretrained(
+        tiny_decoder("qwen3").bfloat16(), layer_idx=[1], T_w=6, r=0.2, hidden_dim=8
+    )
+    rows = [list(range(3, 23))] * 4
+    losses = WindowedLossSFTTrainer(model, None, rows, T_w=6, steps=2, accumulate=1, batch_size=2).train()
+    assert all(x == x for x in losses)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_trainer_puts_rows_where_the_decoder_is(llama):
+    """Batches are made on the decoder's device; the stand-in for it has none but `meta`."""
+
+    class Elsewhere(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+            self.T_w, own = 4, SimpleNamespace(device=torch.device("meta"))
+            self.compressor = SimpleNamespace(decoder=own, trainable_share=lambda: 1.0)
+
+        def forward(self, ids, mask, labels, T_w):
+            assert {t.device.type for t in (ids, mask, labels)} == {"meta"}
+            return SimpleNamespace(loss=self.weight * 2)
+
+    trainer = WindowedLossSFTTrainer(Elsewhere(), None, [[3, 4, 5]], T_w=4, steps=1, accumulate=1)
+    assert trainer.train() == [2.0]
+
+
 def test_layer_of_its_own(llama):
     """A compressed layer is the decoder's layer on the shortened stream."""
     c = make(llama, mode="stream", layer_idx=(0,), r=0.0)
@@ -265,6 +313,18 @@ def test_layer_of_its_own(llama):
     out, kept, ids = layer(h, mask, positions, torch.zeros(2, dtype=torch.int64))
     assert out.shape == (2, 7, 32) and kept.all()
     assert ids.tolist()[0] == [0, 2, 4, 6, 8, 9, 10]
+
+
+def test_attention_part_is_callable(llama):
+    """CompressedAttention(decoder, layer, config)(h, mask, positions): by r and M where n is not given, and
+    the same as its public parts in a row."""
+    part = make(llama, mode="stream", layer_idx=(0,), r=0.5).layers["0"]
+    h, mask = torch.randn(2, 11, 32), torch.ones(2, 11, dtype=torch.bool)
+    out, kept, _ = part(h, mask, torch.arange(11).expand(2, 11))
+    assert out.shape == (2, 4 + 2 + 3, 32) and kept.all()
+    merged, selected, _ = part.choose(h, split_rows(mask, 3), torch.tensor([2, 2]))
+    whole, chosen = torch.cat([merged, h[:, 8:]], 1), selected.nonzero()[:, 1].view(2, 2)
+    assert torch.equal(out, interleave_selected_pure_tensor(h, whole, chosen))
 
 
 def test_bad_settings(llama):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig
 
 from model.compress import method_names, wrap
 from tests.compress.test_contract import asked, make
@@ -35,6 +35,37 @@ def test_generation_past_the_positions(llama, method):
     context, (prompt, _) = c.compress(batch([20])[0], **asked(method)), batch([4], seed=2)
     with pytest.raises(ValueError, match="the decoder has 96"):
         c.generate(prompt, context, max_new_tokens=95, do_sample=False)
+
+
+HOWS = {
+    "max_new_tokens": lambda model, n: {"max_new_tokens": n},
+    "max_length": lambda model, n: {"max_length": 4 + n},
+    "generation_config": lambda model, n: {"generation_config": GenerationConfig(max_new_tokens=n)},
+    "its max_length": lambda model, n: {"generation_config": GenerationConfig(max_length=4 + n)},
+    "model": lambda model, n: setattr(model.generation_config, "max_new_tokens", n) or {},
+}
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_every_way_to_ask_for_tokens_is_checked(llama, how):
+    """The last position may be used and none beyond it, with a context and without."""
+    c = make(llama, "mean_pool")
+    context, (prompt, _) = c.compress(batch([80])[0], budget=5), batch([4], seed=2)
+    for given, room in ((context, 96 - 80 - 4), (None, 96 - 4)):
+        with pytest.raises(ValueError, match="97 positions are needed and the decoder has 96"):
+            c.generate(prompt, given, do_sample=False, **HOWS[how](llama, room + 1))
+    padded, mask = batch([4], "left", seed=2, width=9)  # columns that nobody uses are no prompt
+    made = c.generate(padded, context, mask, do_sample=False, **HOWS[how](llama, 12))
+    assert made.shape == (1, 16)
+
+
+def test_beams_of_a_generation_config(llama):
+    c = make(llama, "mean_pool")
+    context, (prompt, _) = c.compress(batch([20, 20])[0], budget=5), batch([4, 4], seed=2)
+    config = GenerationConfig(num_beams=3, num_return_sequences=2, do_sample=False, max_new_tokens=3)
+    made = c.generate(prompt, context, generation_config=config)
+    plain = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "max_new_tokens": 3}
+    assert torch.equal(made, c.generate(prompt, context, **plain)) and made.shape == (4, 7)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -106,7 +137,6 @@ def test_kinds_of_cache(llama):
     context, (prompt, _) = c.compress(batch([12])[0], budget=3), batch([4], seed=2)
     with pytest.raises(ValueError, match="dynamic, static and quantized"):
         c.generate(prompt, context, cache="paged", max_new_tokens=2)
-    with pytest.raises(ValueError, match="give max_new_tokens"):
-        c.generate(prompt, context, cache="static")
+    assert c.generate(prompt, context, cache="static", do_sample=False).shape == (1, 24)  # 20 unless said
     with pytest.raises(ValueError, match="at least one token"):
         c.generate(prompt[:, :0], context, max_new_tokens=2)
