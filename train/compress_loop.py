@@ -184,7 +184,10 @@ class Fit:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Held-out nats per token after the compressed context, and after the whole one; the best is kept."""
+        """Held-out nats per token after the compressed context, and after the whole one.
+
+        The best is kept as it was scored: the parachute moves the threshold afterwards.
+        """
         self.c.eval()
         rows = self.heldout[: self.s.eval_examples]
         sums = {"loss": 0.0, "full": 0.0, "tokens": 0.0}
@@ -195,12 +198,12 @@ class Fit:
             sums["full"] += float(found["full"].sum())
             sums["tokens"] += float(count.sum())
         scores = {k: sums[k] / max(sums["tokens"], 1) for k in ("loss", "full")}
-        if isinstance(self.c, Clusters) and self.c.config.adaptive_threshold and self.step:
-            scores["tau"] = self.c.parachute(scores["loss"] / max(scores["full"], 1e-9))
         if scores["loss"] < self.best:
             self.best = scores["loss"]
             if self.world.main:
                 self.c.save(self.run / "best")
+        if isinstance(self.c, Clusters) and self.c.config.adaptive_threshold and self.step:
+            scores["tau"] = self.c.parachute(scores["loss"] / max(scores["full"], 1e-9))
         return scores
 
     @torch.no_grad()

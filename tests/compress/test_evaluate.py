@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from experiments.compression.report import figure
 from model.compress import Chain, wrap
 from model.compress import evaluate as ev
 from tests.compress.tiny import batch, tiny_decoder
@@ -59,6 +60,23 @@ def test_restore_and_answers(llama):
     assert ev.exact_match("The Paris.", "paris") == 1 and ev.exact_match("Rome", "paris") == 0
     assert ev.f1("blue sky", "the blue sea") == pytest.approx(0.5)
     assert ev.cost(wrap(llama, "mean_pool"), b, new_tokens=2, rounds=1, ratio=4).compress_s > 0
+
+
+def test_cost_counts_the_prefill_of_the_slots(llama, monkeypatch):
+    """Embedding slots are lowered inside what is timed as compressing, not between the clocks."""
+    c, clock = wrap(llama, "last"), iter(range(1000))
+    lower, lowered_at = c.lower, []
+    monkeypatch.setattr(c, "lower", lambda context: lowered_at.append(next(clock)) or lower(context))
+    monkeypatch.setattr(ev.time, "perf_counter", lambda: next(clock))
+    ev.cost(c, rows(2), new_tokens=1, rounds=1, ratio=4)
+    assert lowered_at[0] == 1  # 0 began it
+
+
+def test_a_cost_that_did_not_show_is_not_a_number():
+    times = {"compress": [3.0], "slots_1": [2.0], "slots_n": [4.0], "full_1": [3.0], "full_n": [3.0]}
+    assert ev.Cost.of(times, 8) == ev.Cost(3.0, 2.0, 3.0, 4.0, None, 3.0)
+    assert ev.Cost.of(times | {"full_1": [2.0]}, 8).break_even is None
+    assert figure([None, 5.04, 7.0], 1) == "7.0" and figure([None, 5.0, None], 0) == "n/a"
 
 
 class Letters:

@@ -97,6 +97,27 @@ def test_trains_and_keeps_the_best(place, method):
     assert set(first) == set(last)
 
 
+def test_the_parachute_opens_after_the_best_is_kept(place, monkeypatch):
+    """RUN/best has the threshold it was scored with, whatever the parachute makes of that score."""
+    import train.compress_loop as loop
+
+    losses, moved = iter(range(9, 0, -1)), iter((0.31, 0.32))
+
+    def better_every_time(c, batch, variants):
+        return {v: torch.tensor([float(next(losses))] * 2) for v in variants}, torch.tensor([1, 1])
+
+    monkeypatch.setattr(loop, "losses_of", better_every_time)
+    monkeypatch.setattr(loop.Clusters, "parachute", lambda c, ratio: _thresholds(c).fill_(next(moved)).item())
+    assert main([*command(place, "clusters", "a"), "--eval_examples", "2"]) == 0
+    best = load_compressor(place / "a" / "best", tiny_decoder("gpt2"))
+    assert _thresholds(best).item() == pytest.approx(0.31)  # 0.32 is what the last score made of it
+
+
+def _thresholds(c):
+    (tau,) = (b for name, b in c.named_buffers() if name.endswith("tau"))
+    return tau
+
+
 def test_resumes_bit_for_bit(place):
     """Stopped after step 2 and gone on with: the same weights as in one go."""
     whole = command(place, "condense", "whole")
