@@ -23,6 +23,7 @@ from model.compress.autocompressor import SegmentCompressor
 from model.compress.bptt import backward_document
 from model.compress.clusters import Clusters
 from model.compress.evaluate import losses_of
+from model.compress.saving import tensors_of
 from train import checkpoint
 from train.compress_data import Example, collate
 from train.errors import Diverged, UserError
@@ -93,7 +94,7 @@ class Fit:
             optimizer = self.optimizer.state_dict()
             optimizer["state"] = {str(k): v for k, v in optimizer["state"].items()}  # names, as JSON has them
             state = {"optimizer": optimizer, "best": self.best}
-            checkpoint.save(self.run, self.step, self.c.state_dict(), state, self.described, keep=1)
+            checkpoint.save(self.run, self.step, tensors_of(self.c), state, self.described, keep=1)
 
     def resume(self) -> bool:
         """Go back to the newest whole checkpoint, if there is one. Raises UserError for another run's."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from model.compress.base import ContextCompressor
 from model.compress.context import CompressedContext, LayerSlots
 from model.compress.rows import pack, token_losses
+from model.compress.tokens import token_ids
 
 MIN_GAP = 0.02  # nats: below this a full context is worth too little for a fraction of it to mean anything
 
@@ -192,11 +193,11 @@ def answer(
 ) -> list[str]:
     """First lines of what the decoder writes after each prompt; the context is compressed once for all."""
     c, device = compressor, next(compressor.decoder.model.parameters()).device
-    ids = torch.tensor([tokenizer.encode(context)], device=device)
+    ids = torch.tensor([token_ids(tokenizer, context, start=True)], device=device)
     kept = c.compress(ids, **asked)
     out = []
     for question in questions:
-        prompt = torch.tensor([tokenizer.encode(question)], device=device)
+        prompt = torch.tensor([token_ids(tokenizer, question)], device=device)
         made = c.generate(prompt, kept, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
         text = tokenizer.decode(made[0, prompt.shape[1] :].tolist(), skip_special_tokens=True)
         out.append((text.strip().splitlines() or [""])[0].strip())

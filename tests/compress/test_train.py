@@ -144,6 +144,16 @@ def test_resumes_bit_for_bit(place):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_tied_base_is_trained_saved_and_gone_on_with(place):
+    """GPT-2's head is its embedding: a checkpoint holds both, and both come back."""
+    part = [*command(place, "autocompressor", "a"), "--tune", "full", "--save_steps", "1"]
+    assert main([*part, "--steps", "2"]) == 0
+    last = load_compressor(place / "a" / "last", tiny_decoder("gpt2"))
+    head, table = (last.get_parameter(f"base.{n}.weight") for n in ("lm_head", "transformer.wte"))
+    assert head is table and not torch.equal(table, tiny_decoder("gpt2").transformer.wte.weight)
+    assert main([*part, "--steps", "2", "--resume"]) == 0
+
+
 @pytest.mark.parametrize(
     "change,word",
     [
