@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import dataset
+from model.compress.tokens import token_ids
 from train.errors import UserError
 
 GENERATED = ("passkey", "recall", "arithmetic", "wordnet")
@@ -91,7 +92,7 @@ def read(source: str, tokenizer: Any, how: Reading) -> tuple[list[Example], list
     elif (path / "manifest.json").is_file():
         return *_prepared(path, how), 0
     elif path.suffix in (".txt", ".md"):
-        rows, dropped = list(running(_ids(tokenizer, path.read_text()), how)), 0
+        rows, dropped = list(running(token_ids(tokenizer, path.read_text(), start=True), how)), 0
     elif path.suffix in (".jsonl", ".json"):
         rows, dropped = _encode(_records(path), tokenizer, how)
     else:
@@ -125,23 +126,18 @@ def running(ids: Sequence[int], how: Reading) -> Iterator[Example]:
         yield Example(tuple(ids[at : at + how.context]), tuple(ids[at + how.context : at + step]))
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    encoded = tokenizer.encode(text)
-    return list(getattr(encoded, "ids", encoded))
-
-
 def _encode(records: Iterator[dict[str, str]], tokenizer: Any, how: Reading) -> tuple[list[Example], int]:
     """Examples that fit, and the number that do not: nothing is cut short."""
     out, dropped = [], 0
     for r in records:
         if "text" in r:
-            out += list(running(_ids(tokenizer, r["text"]), how))
+            out += list(running(token_ids(tokenizer, r["text"], start=True), how))
             continue
-        context, prompt = _ids(tokenizer, r["context"]), _ids(tokenizer, r["prompt"])
+        context = token_ids(tokenizer, r["context"], start=True)
+        prompt, answer = (token_ids(tokenizer, r[part]) for part in ("prompt", "answer"))
         if len(r["context"]) > how.max_characters or len(context) > how.max_tokens:
             dropped += 1
             continue
-        answer = _ids(tokenizer, r["answer"])
         if context and prompt and answer:
             out.append(Example(tuple(context), (*prompt, *answer), len(prompt)))
     return out, dropped

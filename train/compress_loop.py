@@ -23,6 +23,7 @@ from model.compress.autocompressor import SegmentCompressor
 from model.compress.bptt import backward_document
 from model.compress.clusters import Clusters
 from model.compress.evaluate import losses_of
+from model.compress.saving import tensors_of
 from train import checkpoint
 from train.compress_data import Example, collate
 from train.errors import Diverged, UserError
@@ -93,7 +94,7 @@ class Fit:
             optimizer = self.optimizer.state_dict()
             optimizer["state"] = {str(k): v for k, v in optimizer["state"].items()}  # names, as JSON has them
             state = {"optimizer": optimizer, "best": self.best}
-            checkpoint.save(self.run, self.step, self.c.state_dict(), state, self.described, keep=1)
+            checkpoint.save(self.run, self.step, tensors_of(self.c), state, self.described, keep=1)
 
     def resume(self) -> bool:
         """Go back to the newest whole checkpoint, if there is one. Raises UserError for another run's."""
@@ -184,7 +185,10 @@ class Fit:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Held-out nats per token after the compressed context, and after the whole one; the best is kept."""
+        """Held-out nats per token after the compressed context, and after the whole one.
+
+        The best is kept as it was scored: the parachute moves the threshold afterwards.
+        """
         self.c.eval()
         rows = self.heldout[: self.s.eval_examples]
         sums = {"loss": 0.0, "full": 0.0, "tokens": 0.0}
@@ -195,12 +199,12 @@ class Fit:
             sums["full"] += float(found["full"].sum())
             sums["tokens"] += float(count.sum())
         scores = {k: sums[k] / max(sums["tokens"], 1) for k in ("loss", "full")}
-        if isinstance(self.c, Clusters) and self.c.config.adaptive_threshold and self.step:
-            scores["tau"] = self.c.parachute(scores["loss"] / max(scores["full"], 1e-9))
         if scores["loss"] < self.best:
             self.best = scores["loss"]
             if self.world.main:
                 self.c.save(self.run / "best")
+        if isinstance(self.c, Clusters) and self.c.config.adaptive_threshold and self.step:
+            scores["tau"] = self.c.parachute(scores["loss"] / max(scores["full"], 1e-9))
         return scores
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 
 from model.compress.base import ContextCompressor
 from model.compress.rows import token_losses
+from model.compress.tokens import token_ids
 from train import harness
 
 
@@ -36,8 +37,8 @@ class Requests:
     @torch.no_grad()
     def score(self, context: str, continuation: str) -> tuple[float, bool]:
         """Log-likelihood of the continuation in nats, and whether it is what greedy decoding would write."""
-        before = self.tokenizer.encode(context) if context else []
-        wanted = self.tokenizer.encode(continuation)
+        before = token_ids(self.tokenizer, context, start=True) if context else []
+        wanted = token_ids(self.tokenizer, continuation)
         if not before:
             before = [self.c.decoder.config.bos_token_id or self.c.decoder.config.eos_token_id or 0]
         kept, tail = self._split(before)
@@ -52,7 +53,7 @@ class Requests:
     @torch.no_grad()
     def write(self, context: str, until: list[str], max_new_tokens: int) -> str:
         """Greedy continuation, cut before the first of `until`."""
-        kept, tail = self._split(self.tokenizer.encode(context))
+        kept, tail = self._split(token_ids(self.tokenizer, context, start=True))
         made = self.c.generate(
             torch.tensor([tail]), kept, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
         )

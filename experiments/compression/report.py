@@ -60,10 +60,14 @@ def row(name: str, rs: Sequence[Result]) -> list[str]:
     kv, full = mean(rs, "kv_bytes"), mean(rs, "full_kv_bytes")
     cells += [f"{mean(rs, 'slots'):.1f}", f"{kv:,.0f}", f"{full / kv:.2f}" if kv else "–"]
     cells.append(f"{mean(rs, 'restore'):.3f}")
-    cost = {k: statistics.median(r["cost"][k] for r in rs) for k in rs[0]["cost"]}
-    cells += [f"{cost[k]:.3f}" for k in ("compress_s", "first_token_s")]
-    cells += [f"{cost['decode_tokens_s']:.0f}", f"{cost['break_even']:.1f}"]
-    return cells
+    decimals = {"compress_s": 3, "first_token_s": 3, "decode_tokens_s": 0, "break_even": 1}
+    return cells + [figure([r["cost"][k] for r in rs], n) for k, n in decimals.items()]
+
+
+def figure(values: Sequence[float | None], decimals: int) -> str:
+    """The median over seeds, where None, a difference that did not show, is beyond every number."""
+    middle = sorted(values, key=lambda v: float("inf") if v is None else v)[len(values) // 2]
+    return "n/a" if middle is None else f"{middle:.{decimals}f}"
 
 
 def table(found: dict[str, list[Result]]) -> str:

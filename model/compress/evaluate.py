@@ -15,7 +15,7 @@ import re
 import string
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 from model.compress.base import ContextCompressor
 from model.compress.context import CompressedContext, LayerSlots
 from model.compress.rows import pack, token_losses
+from model.compress.tokens import token_ids
 
 MIN_GAP = 0.02  # nats: below this a full context is worth too little for a fraction of it to mean anything
 
@@ -192,11 +193,11 @@ def answer(
 ) -> list[str]:
     """First lines of what the decoder writes after each prompt; the context is compressed once for all."""
     c, device = compressor, next(compressor.decoder.model.parameters()).device
-    ids = torch.tensor([tokenizer.encode(context)], device=device)
+    ids = torch.tensor([token_ids(tokenizer, context, start=True)], device=device)
     kept = c.compress(ids, **asked)
     out = []
     for question in questions:
-        prompt = torch.tensor([tokenizer.encode(question)], device=device)
+        prompt = torch.tensor([token_ids(tokenizer, question)], device=device)
         made = c.generate(prompt, kept, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
         text = tokenizer.decode(made[0, prompt.shape[1] :].tolist(), skip_special_tokens=True)
         out.append((text.strip().splitlines() or [""])[0].strip())
@@ -230,17 +231,38 @@ def passkey_table(
 
 @dataclass(frozen=True)
 class Cost:
-    """Medians in seconds on this machine. break_even: questions after which compressing has paid, or inf."""
+    """Medians in seconds on this machine.
+
+    compress_s: until a cache stands that answers any number of questions, the prefill of embedding slots
+    included.  decode_tokens_s: None where more tokens took no longer than one, which a clock can show.
+    break_even: questions after which compressing has paid, against reading the full context anew for each;
+    None where the first token comes no sooner.
+    """
 
     compress_s: float
     first_token_s: float
     full_first_token_s: float
-    decode_tokens_s: float
-    full_decode_tokens_s: float
-    break_even: float
+    decode_tokens_s: float | None
+    full_decode_tokens_s: float | None
+    break_even: float | None
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         return asdict(self)
+
+    @classmethod
+    def of(cls, times: Mapping[str, Sequence[float]], tokens: int) -> Cost:
+        """times: seconds per round to `compress`, and to write one token and one and more (`slots_1`,
+        `slots_n`, `full_1`, `full_n`).  tokens: written beyond the first, over all rows."""
+        t = {k: sorted(v)[len(v) // 2] for k, v in times.items()}
+
+        def over(top: float, seconds: float) -> float | None:
+            return top / seconds if seconds > 0 else None
+
+        return cls(
+            t["compress"], t["slots_1"], t["full_1"],
+            over(tokens, t["slots_n"] - t["slots_1"]), over(tokens, t["full_n"] - t["full_1"]),
+            over(t["compress"], t["full_1"] - t["slots_1"]),
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -258,6 +280,9 @@ def cost(
         times.setdefault(name, []).append(time.perf_counter() - began)
         return out
 
+    def make() -> CompressedContext:
+        return replace_layers(c, c.compress(batch.context, batch.context_mask, **asked))
+
     def write(context: CompressedContext, n: int) -> Tensor:
         return c.generate(
             batch.text,
@@ -270,19 +295,12 @@ def cost(
         )
 
     for _ in range(rounds + 1):
-        context = timed("compress", lambda: c.compress(batch.context, batch.context_mask, **asked))
-        lowered = replace_layers(c, context)
-        for name, given in (("slots", lowered), ("full", full)):
+        kept = timed("compress", make)
+        for name, given in (("slots", kept), ("full", full)):
             timed(f"{name}_1", partial(write, given, 1))
             timed(f"{name}_n", partial(write, given, 1 + new_tokens))
-    t = {k: sorted(v[1:])[len(v[1:]) // 2] for k, v in times.items()}  # the first round warms up
-    per = {k: max(t[f"{k}_n"] - t[f"{k}_1"], 1e-9) / new_tokens for k in ("slots", "full")}
-    saved = t["full_1"] - t["slots_1"]
-    rows = batch.text.shape[0]
-    return Cost(
-        t["compress"], t["slots_1"], t["full_1"], rows / per["slots"], rows / per["full"],
-        t["compress"] / saved if saved > 0 else float("inf"),
-    )  # fmt: skip
+    warm = {k: v[1:] for k, v in times.items()}  # the first round warms up
+    return Cost.of(warm, batch.text.shape[0] * new_tokens)
 
 
 def replace_layers(compressor: ContextCompressor, context: CompressedContext) -> CompressedContext:

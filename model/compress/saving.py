@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from model.compress.decoder import Decoder
 
@@ -21,6 +21,18 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     os.replace(partial, path)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict as safetensors takes it: a tensor that lies in the storage of an earlier one, as tied
+    heads and embeddings do, is copied."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict().items():
+        place = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.detach().clone() if place in seen else tensor.detach().contiguous()
+        seen.add(place)
+    return out
 
 
 class Saved(nn.Module):
@@ -46,9 +58,8 @@ class Saved(nn.Module):
         the method's own tensors and nothing else."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.detach().contiguous().clone() for k, v in self.state_dict().items()}
         partial = folder / "adapter_model.safetensors.partial"
-        save_file(tensors, str(partial), metadata={"format": "pt"})
+        save_file(tensors_of(self), str(partial), metadata={"format": "pt"})
         os.replace(partial, folder / "adapter_model.safetensors")
         write_json(folder / "compressor_config.json", self.description())
 

@@ -7,10 +7,14 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
+import tokenizers.processors
 import torch
 
+from experiments.compression.report import figure
 from model.compress import Chain, load_compressor, wrap
 from model.compress import evaluate as ev
+from model.compress.tokens import token_ids
 from tests.compress.test_contract import make
 from tests.compress.tiny import batch, tiny_decoder
 from train import compress_data as data
@@ -80,11 +84,28 @@ def test_restore_and_answers(llama):
     assert ev.cost(wrap(llama, "mean_pool"), b, new_tokens=2, rounds=1, ratio=4).compress_s > 0
 
 
-class Letters:
-    """A tokenizer of one id per character, within the tiny vocabulary."""
+def test_cost_counts_the_prefill_of_the_slots(llama, monkeypatch):
+    """Embedding slots are lowered inside what is timed as compressing, not between the clocks."""
+    c, clock = wrap(llama, "last"), iter(range(1000))
+    lower, lowered_at = c.lower, []
+    monkeypatch.setattr(c, "lower", lambda context: lowered_at.append(next(clock)) or lower(context))
+    monkeypatch.setattr(ev.time, "perf_counter", lambda: next(clock))
+    ev.cost(c, rows(2), new_tokens=1, rounds=1, ratio=4)
+    assert lowered_at[0] == 1  # 0 began it
 
-    def encode(self, text):
-        return [3 + ord(c) % 58 for c in text]
+
+def test_a_cost_that_did_not_show_is_not_a_number():
+    times = {"compress": [3.0], "slots_1": [2.0], "slots_n": [4.0], "full_1": [3.0], "full_n": [3.0]}
+    assert ev.Cost.of(times, 8) == ev.Cost(3.0, 2.0, 3.0, 4.0, None, 3.0)
+    assert ev.Cost.of(times | {"full_1": [2.0]}, 8).break_even is None
+    assert figure([None, 5.04, 7.0], 1) == "7.0" and figure([None, 5.0, None], 0) == "n/a"
+
+
+class Letters:
+    """A tokenizer of one id per character, within the tiny vocabulary, that begins a text with id 1."""
+
+    def encode(self, text, add_special_tokens=True):
+        return [1] * add_special_tokens + [3 + ord(c) % 58 for c in text]
 
     def decode(self, ids, skip_special_tokens=True):
         return "".join(chr(97 + i % 26) for i in ids)
@@ -210,6 +231,17 @@ def test_files(tmp_path):
     assert one["answer"].strip().startswith("word") and "gloss number" in one["prompt"]
 
 
+def test_special_tokens_stand_where_a_text_begins(tmp_path):
+    """BOS before the context; none is supervised, or read between prompt and answer."""
+    (tmp_path / "a.jsonl").write_text('{"context": "ab", "prompt": "cd", "answer": "e"}\n' * 2)
+    (one,), _, _ = data.read(str(tmp_path / "a.jsonl"), Letters(), data.Reading(heldout=0.5))
+    bare = Letters().encode("abcde", add_special_tokens=False)
+    assert one == data.Example((1, *bare[:2]), tuple(bare[2:]), 2)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<s>": 1}, unk_token="a"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    assert token_ids(tokenizer, "a") == [0] and token_ids(tokenizer, "a", start=True) == [1, 0]
+
+
 def test_bad_sources_are_named(tmp_path):
     how = data.Reading()
     (tmp_path / "a.jsonl").write_text('{"context": "x"}\n')
@@ -231,16 +263,16 @@ def test_requests_of_the_harness(llama):
 
     full, pooled = (Requests(wrap(llama, m), Letters(), keep=2) for m in ("full", "mean_pool"))
     nats, greedy = full.score("abcdefgh", "ij")
-    ids = torch.tensor([Letters().encode("abcdefghij")])
+    ids = torch.tensor([Letters().encode("abcdefghij")])  # BOS stands before the context alone
     logp = llama(ids).logits.log_softmax(-1)
-    want = logp[0, 7, ids[0, 8]] + logp[0, 8, ids[0, 9]]
+    want = logp[0, 8, ids[0, 9]] + logp[0, 9, ids[0, 10]]
     assert nats == pytest.approx(want.item(), abs=1e-4) and isinstance(greedy, bool)
     assert pooled.score("abcdefgh", "ij")[0] != pytest.approx(nats, abs=1e-4)
     assert full.score("", "ab")[0] < 0
     short = Requests(wrap(llama, "mean_pool"), Letters(), keep=2, ratio=4.0)  # two tokens are no slot at 4
     assert short.score("abcd", "ij")[0] == pytest.approx(full.score("abcd", "ij")[0], abs=1e-4)
     text = full.write("abcdefgh", [], 3)
-    assert len(text) == 3 and full.write("abcdefgh", [text[1]], 3) == text[0]
+    assert len(text) == 3 and full.write("abcdefgh", [text[1]], 3) == text[: text.index(text[1])]
 
 
 def test_cluster_plots(tmp_path, llama):

@@ -97,6 +97,27 @@ def test_trains_and_keeps_the_best(place, method):
     assert set(first) == set(last)
 
 
+def test_the_parachute_opens_after_the_best_is_kept(place, monkeypatch):
+    """RUN/best has the threshold it was scored with, whatever the parachute makes of that score."""
+    import train.compress_loop as loop
+
+    losses, moved = iter(range(9, 0, -1)), iter((0.31, 0.32))
+
+    def better_every_time(c, batch, variants):
+        return {v: torch.tensor([float(next(losses))] * 2) for v in variants}, torch.tensor([1, 1])
+
+    monkeypatch.setattr(loop, "losses_of", better_every_time)
+    monkeypatch.setattr(loop.Clusters, "parachute", lambda c, ratio: _thresholds(c).fill_(next(moved)).item())
+    assert main([*command(place, "clusters", "a"), "--eval_examples", "2"]) == 0
+    best = load_compressor(place / "a" / "best", tiny_decoder("gpt2"))
+    assert _thresholds(best).item() == pytest.approx(0.31)  # 0.32 is what the last score made of it
+
+
+def _thresholds(c):
+    (tau,) = (b for name, b in c.named_buffers() if name.endswith("tau"))
+    return tau
+
+
 def test_resumes_bit_for_bit(place):
     """Stopped after step 2 and gone on with: the same weights as in one go."""
     whole = command(place, "condense", "whole")
@@ -121,6 +142,16 @@ def test_resumes_bit_for_bit(place):
     assert main([*part, "--resume"]) == 0
     a, b = (load_file(place / n / "last" / "adapter_model.safetensors") for n in ("whole", "part"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_tied_base_is_trained_saved_and_gone_on_with(place):
+    """GPT-2's head is its embedding: a checkpoint holds both, and both come back."""
+    part = [*command(place, "autocompressor", "a"), "--tune", "full", "--save_steps", "1"]
+    assert main([*part, "--steps", "2"]) == 0
+    last = load_compressor(place / "a" / "last", tiny_decoder("gpt2"))
+    head, table = (last.get_parameter(f"base.{n}.weight") for n in ("lm_head", "transformer.wte"))
+    assert head is table and not torch.equal(table, tiny_decoder("gpt2").transformer.wte.weight)
+    assert main([*part, "--steps", "2", "--resume"]) == 0
 
 
 @pytest.mark.parametrize(
