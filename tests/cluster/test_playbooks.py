@@ -194,11 +194,31 @@ def test_probe_measures_loopback_and_wants_the_secret() -> None:
     probe.SECONDS = 0.2
     server = threading.Thread(target=probe.serve, args=(where, 2, 300.0, key), daemon=True)
     server.start()
-    with pytest.raises(OSError):
+    with pytest.raises(ConnectionError, match="another secret"):
         probe.measure(where, b"x" * 32)
     found = probe.measure(where, key)
     server.join(10)
     assert abs(found["skew_s"]) < 0.5 and found["mbit"] > 1 and found["rtt_ms"] >= 0
+
+
+def test_probe_takes_the_secret_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without one, or with a short one, nothing is served; the message has the file and not the secret."""
+    path = tmp_path / "secret"
+    path.write_text("k" * 32 + "\n")
+    assert probe.secret_of(str(path)) == b"k" * 32
+    path.write_text("hush\n")
+    for file in (path, tmp_path / "missing"):
+        assert probe.main(["measure", "127.0.0.1:1", "--secret-file", str(file)]) == 2
+        told = capsys.readouterr().err
+        assert str(file) in told and "hush" not in told
+
+
+def test_no_play_hands_the_secret_to_a_command() -> None:
+    """Ansible logs a command's words and stdin on the node; setup alone writes the secret, without a log."""
+    for path in BOOKS.rglob("*.yml"):
+        for task in re.split(r"\n\s*- name:", path.read_text()):
+            if re.search(r"\{\{ *lab_secret *\}\}", task):
+                assert "no_log: true" in task, f"{path}: {task}"
 
 
 def test_advice_is_the_formula() -> None:
