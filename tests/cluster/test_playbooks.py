@@ -289,7 +289,7 @@ def test_slurm_script_is_bash_and_names_every_host(tmp_path: Path) -> None:
     subprocess.run(["bash", "-n", str(tmp_path / "job.sbatch")], check=True)
     assert "#SBATCH --nodelist=box1,box2,box3" in script
     assert "server=192.168.1.11:29500" in script
-    assert "worker enp5s0 2 box1" in script and "worker eno1 1 box3" in script
+    assert "'worker 2 box1'" in script and "'worker 1 box3'" in script
     assert "grow.from=" in script and "runs/samba/small/final" in script
 
 
