@@ -137,6 +137,8 @@ class Refusals(Plays):
         if any(self.unchanged("shard").changed.values()):
             raise SystemExit("the second shard changed something")
         self.other_data()
+        path = self.with_inventory(lambda every: every["vars"]["lab_outer"].update(codec="int9"))
+        tells(self.unchanged("launch", expect=FAILED, inventory=path), r"outer\.codec: want one of")
         tells(self.unchanged("drain", "-e", "node=n9", expect=FAILED), "say which worker: -e node=NAME")
         for words in (("launch",), ("slurm",), ("collect",)):
             self.unchanged(*words, "--check")
