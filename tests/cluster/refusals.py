@@ -136,6 +136,9 @@ class Refusals(Plays):
         self.play("shard")
         if any(self.unchanged("shard").changed.values()):
             raise SystemExit("the second shard changed something")
+        path = self.with_inventory(lambda every: every["vars"]["lab_data"].update(heldout=0.25))
+        other = self.unchanged("shard", expect=FAILED, inventory=path)
+        tells(other, "n1: error: /srv/lab/data/pystdlib-bytes: holds another dataset")
         self.other_data()
         path = self.with_inventory(lambda every: every["vars"]["lab_outer"].update(codec="int9"))
         tells(self.unchanged("launch", expect=FAILED, inventory=path), r"outer\.codec: want one of")
