@@ -55,6 +55,10 @@ def _name(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value) is not None
 
 
+def _interface(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}", value) is not None
+
+
 def _below(value: Any) -> bool:
     """A path that stays below the folder it is joined to; `shard` clears it on workers with other data."""
     return isinstance(value, str) and all(_name(part) for part in value.split("/"))
@@ -95,6 +99,7 @@ CLUSTER: dict[str, Rule] = {
     "lab_secret": ("in a vault file (ansible-vault), not here", lambda v: isinstance(v, Vaulted)),
 }
 HOST: dict[str, Rule] = {
+    "lab_interface": ("the name of a network interface, such as enp5s0", _interface),
     "lab_ranks": ("a whole number from 1", _whole(1)),
     "lab_speed": ("a number above 0", _positive),
     "lab_nice": ("a niceness, 0 to 19", _whole(0, 19)),
@@ -120,6 +125,7 @@ ANSIBLE = (
 )
 VARIABLES = CLUSTER | HOST | {f"ansible_{word}": ("", lambda v: True) for word in ANSIBLE.split()}
 NEEDED = ("lab_root", "lab_user", "lab_port", "lab_data", "lab_run", "lab_stages")
+NEEDED_HOST = ("ansible_host", "lab_interface")
 
 
 class Vaulted(str):
@@ -269,9 +275,9 @@ def addresses(hosts: dict[str, dict[str, Any]]) -> list[str]:
     """
     errors, owner = [], {}
     for name, found in hosts.items():
+        errors += [f"{name}: {k} is missing" for k in NEEDED_HOST if not found.get(k)]
         address = found.get("ansible_host")
         if not address:
-            errors.append(f"{name}: ansible_host is missing")
             continue
         try:
             ipaddress.IPv4Address(str(address))

@@ -131,7 +131,9 @@ class SshLan(Lan):
             **common,
         }
         hosts = {
-            name: {"ansible_host": self.address(i), "lab_ranks": 1} for i, name in enumerate(self.nodes) if i
+            name: {"ansible_host": self.address(i), "lab_interface": "eth0", "lab_ranks": 1}
+            for i, name in enumerate(self.nodes)
+            if i
         }
         groups = {"server": {"hosts": {server: None}}, "workers": {"hosts": hosts}}
         path.write_text(yaml.safe_dump({"all": {"vars": every, "children": groups}}, sort_keys=False))

@@ -83,6 +83,8 @@ BOX = ("all", "children", "workers", "hosts", "box2")
         (put(*BOX, "ansible_host", "box2.local"), "box2.ansible_host: want an IPv4 address"),
         (put(*BOX, "ansible_host", "192.168.1.11"), "is also box1's"),
         (put(*BOX, "ansible_host", None), "box2: ansible_host is missing"),
+        (put(*BOX, "lab_interface", None), "box2: lab_interface is missing"),
+        (put(*BOX, "lab_interface", "eth 0"), "lab_interface: want the name of a network interface"),
         (put(*VARS, "lab_root", None), "all.vars.lab_root: is missing"),
         (put("all", "children", "server", "hosts", {}), "want one host, not 0"),
         (put("all", "children", "worker", {}), "did you mean 'workers'?"),
@@ -360,7 +362,7 @@ def test_playbooks_slurm_script_trains(tmp_path: Path) -> None:
     common = settings(6) | {"lab_root": str(root), "lab_data": {"dir": "data/x", "source": str(text)}}
     common |= {"lab_port": 29000 + os.getpid() % 500, "lab_stages": common["lab_stages"][:1]}
     common["lab_outer"] |= {"every": 2}
-    hosts = {f"n{i}": {"ansible_host": f"127.0.0.{i}"} for i in (1, 2, 3)}
+    hosts = {f"n{i}": {"ansible_host": f"127.0.0.{i}", "lab_interface": "lo"} for i in (1, 2, 3)}
     groups = {"server": {"hosts": {"n1": None}}, "workers": {"hosts": hosts}}
     path = tmp_path / "inventory.yml"
     path.write_text(yaml.safe_dump({"all": {"vars": common, "children": groups}}))
