@@ -32,10 +32,8 @@ from model.core import Aux, merge_aux
 
 
 @dataclass(frozen=True)
-class AutoCompressorConfig(CompressorConfig):
-    """summary_length: kappa, summary vectors per segment.
-    accumulate_summary: keep the summaries of all segments; False: the latest replaces the memory.
-    segment_length: longest segment that `compress` makes of its own accord.
+class SegmentConfig(CompressorConfig):
+    """segment_length: longest segment that `compress` makes of its own accord.
     segment_lengths: fixed lengths for `document` and training; () cuts equal or random segments.
     tune: lora, or full for every weight of the decoder.  lora_rank, lora_alpha, lora_targets: of the former.
     training_substeps, segments_per_substep: backward passes per document, segments in each.
@@ -45,8 +43,6 @@ class AutoCompressorConfig(CompressorConfig):
     segment_gradient_checkpointing: recompute each segment in the backward pass.
     """
 
-    summary_length: int = 50
-    accumulate_summary: bool = True
     segment_length: int = 1024
     segment_lengths: tuple[int, ...] = ()
     tune: str = "lora"
@@ -59,6 +55,16 @@ class AutoCompressorConfig(CompressorConfig):
     bptt: str = "grouped"
     truncate_bptt_segments: int = 1
     segment_gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class AutoCompressorConfig(SegmentConfig):
+    """summary_length: kappa, summary vectors per segment.
+    accumulate_summary: keep the summaries of all segments; False: the latest replaces the memory.
+    """
+
+    summary_length: int = 50
+    accumulate_summary: bool = True
 
 
 @dataclass
@@ -84,10 +90,10 @@ def mean_aux(parts: Sequence[Aux]) -> Aux:
 class SegmentCompressor(ContextCompressor):
     """What fixed and variable length share: segments, memory, and the decoder's own adapter."""
 
-    Config = AutoCompressorConfig
+    Config = SegmentConfig
     accepts = frozenset({"tokens", "embeds"})
 
-    def __init__(self, decoder: Decoder, config: AutoCompressorConfig) -> None:
+    def __init__(self, decoder: Decoder, config: SegmentConfig) -> None:
         super().__init__(decoder, config)
         for name, allowed in (("tune", ("lora", "full")), ("bptt", ("grouped", "sliding"))):
             if getattr(config, name) not in allowed:
@@ -164,8 +170,9 @@ class SegmentCompressor(ContextCompressor):
         return replaced(memory, new)
 
     @property
+    @abstractmethod
     def accumulates(self) -> bool:
-        return self.config.accumulate_summary
+        """Whether summaries add up; else the latest replaces the memory it has read."""
 
     def checkpointed(self, memory, embeds, mask, keep):
         """`summarise`, recomputed in the backward pass if the config says so."""
@@ -176,9 +183,9 @@ class SegmentCompressor(ContextCompressor):
     # ------------------------------------------------------------------ contexts and documents
 
     @property
+    @abstractmethod
     def per_segment(self) -> int:
         """The most slots that one segment brings."""
-        return self.config.summary_length
 
     def slots_wanted(self, lengths: Tensor, ratio: float | None, budget: int | None) -> Tensor:
         """Slots [B], a whole number of segments' worth; segments are as long as ratio or budget make them."""
@@ -263,9 +270,20 @@ class SegmentCompressor(ContextCompressor):
 class AutoCompressor(SegmentCompressor):
     """kappa summary vectors per segment."""
 
+    Config = AutoCompressorConfig
+    config: AutoCompressorConfig
+
     def __init__(self, decoder: Decoder, config: AutoCompressorConfig) -> None:
         super().__init__(decoder, config)
         self.embed_summary = nn.Parameter(self.eos_row().expand(config.summary_length, -1).clone())
+
+    @property
+    def per_segment(self) -> int:
+        return self.config.summary_length
+
+    @property
+    def accumulates(self) -> bool:
+        return self.config.accumulate_summary
 
     def summarise(self, memory, embeds, mask, keep=True):
         text, summary, _, _ = self.segment(memory, embeds, mask, self.embed_summary if keep else None)
