@@ -59,7 +59,14 @@ def test_oracle_beats_random_slots(llama):
 
 def test_restore_and_answers(llama):
     b = rows(3)
-    assert 0 <= ev.restore_accuracy(wrap(llama, "mean_pool"), b, ratio=2) <= 1
+    again = llama(torch.cat([b.context, b.context], 1)).logits[:, 20:-1].argmax(-1)
+    want = (again == b.context[:, 1:]).float().mean().item()
+    assert ev.restore_accuracy(wrap(llama, "full"), b) == pytest.approx(want)
+    truth = torch.nn.functional.one_hot(b.context.roll(-1, 1), 61).float()
+    truth[:, 5] = 0  # the best that can be predicted, but for one of 19 tokens
+    told = wrap(llama, "mean_pool")
+    told.decode = lambda *_: (truth, None)
+    assert ev.restore_accuracy(told, b, ratio=2) == pytest.approx(18 / 19)
     assert ev.exact_match("The Paris.", "paris") == 1 and ev.exact_match("Rome", "paris") == 0
     assert ev.f1("blue sky", "the blue sea") == pytest.approx(0.5)
     assert ev.cost(wrap(llama, "mean_pool"), b, new_tokens=2, rounds=1, ratio=4).compress_s > 0
@@ -92,13 +99,22 @@ class Letters:
         return "".join(chr(97 + i % 26) for i in ids)
 
 
-def test_passkey_table(llama):
+def test_passkey_table(llama, monkeypatch):
+    """The share of answers that hold the key: here the reader finds it in short texts, and at the end."""
     rng = random.Random(0)
+
+    def reads(c, tokenizer, context, questions, **asked):
+        key = context.rstrip("a")
+        return [f" it is {key}." if len(context) < 9 or key.endswith("1") else "no"]
+
+    monkeypatch.setattr(ev, "answer", reads)
+    keys = iter("01" * 8)
     table = ev.passkey_table(
-        wrap(llama, "full"), Letters(), lambda n, d: {"context": "a" * n, "prompt": "k", "answer": str(d)},
-        [8], [0.0, 1.0], trials=1,
+        wrap(llama, "full"), Letters(),
+        lambda n, d: (lambda k: {"context": k + "a" * n, "prompt": "?", "answer": f" {k}"})(f"7{next(keys)}"),
+        [4, 8], [0.0, 1.0], trials=2,
     )  # fmt: skip
-    assert set(table) == {(8, 0.0), (8, 1.0)}
+    assert table == {(4, 0.0): 1.0, (4, 1.0): 1.0, (8, 0.0): 0.5, (8, 1.0): 0.5}
     record = data.passkey(rng, lines=5, depth=1.0)
     assert record["answer"].strip() in record["context"].splitlines()[-1]
 
@@ -155,7 +171,7 @@ def test_files(tmp_path):
     lines = [{"context": "abc", "activation_prompt": "q", "expected_completion": str(i)} for i in range(5)]
     jsonl.write_text("\n".join(json.dumps(x) for x in lines))
     train, held, dropped = data.read(str(jsonl), Letters(), how)
-    assert len(train) + len(held) == 5 and not set(train) & set(held) and dropped == 0
+    assert len(train) + len(held) == 5 and not set(train) & set(held) and not dropped
     (tmp_path / "t.txt").write_text("lorem ipsum dolor " * 10)
     assert all(
         len(e.context) == 6 and len(e.text) == 2
@@ -173,6 +189,29 @@ def test_files(tmp_path):
     (wordnet / "data.noun").write_text("\n".join(entry.format(i, i) for i in range(9)))
     (one,) = data.generate(f"wordnet:{wordnet}", 1, 0)
     assert one["answer"].strip().startswith("word") and "gloss number" in one["prompt"]
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    """Texts shorter than a window and the tails of others, records that are too long or lack a part."""
+    how = data.Reading(context=6, target=2, heldout=0.3, max_tokens=9)
+    texts = [{"text": "x" * n} for n in (24, 10, 3)]  # with BOS 25, 11 and 4 tokens
+    records = [{"context": "c" * n, "prompt": "p", "answer": a} for n, a in ((30, "a"), (5, ""), (5, "a"))]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in texts + records))
+    train, held, dropped = data.read(str(tmp_path / "a.jsonl"), Letters(), how)
+    assert len(train) + len(held) == 3 + 1 + 1
+    assert dropped == {data.TAIL: 1 + 3 + 4, data.LONG: 1, data.EMPTY: 1}
+    assert "8 tokens behind the last whole window" in data.left_out(dropped)
+
+
+def test_nobody_is_shuffled_with_himself(llama):
+    from experiments.compression.arms import batches_of
+
+    alone = rows(1)
+    with pytest.raises(ValueError, match="no other row"):
+        ev.losses_of(wrap(llama, "mean_pool"), alone, ("shuffled",), ratio=4)
+    example = data.Example((4, 5), (6, 7))
+    assert [len(b.text) for b in batches_of([example] * 33)] == [11, 11, 11]
+    assert [len(b.text) for b in batches_of([example] * 32)] == [16, 16]
 
 
 def test_special_tokens_stand_where_a_text_begins(tmp_path):
