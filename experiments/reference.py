@@ -28,7 +28,7 @@ import train.evaluate
 import train.outer.watch
 import train.pretrain
 from model import grammar, schema, sections
-from model.compress.base import METHODS
+from model.compress.base import METHODS, CompressorConfig
 from model.registry import BLOCKS, QUANTIZERS, WRAPS, Registry
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference.md"
@@ -113,9 +113,11 @@ def registered() -> Iterator[str]:
 
 def methods() -> Iterator[str]:
     yield "## Compression methods\n\nKeywords of `model.compress.wrap`, flags of `train/compress.py`.\n\n"
+    yield "### Every method: options\n\n" + said(CompressorConfig)
     for name in METHODS.names():
         config = METHODS.get(name).Config  # type: ignore[attr-defined]
-        yield f"### `{name}`: options\n\n" + said(config) + fields_table(config)
+        own = [c for c in reversed(config.__mro__) if issubclass(c, CompressorConfig)][1:]
+        yield f"### `{name}`: options\n\n" + "".join(map(said, own)) + fields_table(config)
 
 
 def fields_table(cls: type) -> str:

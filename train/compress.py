@@ -28,8 +28,8 @@ from dataset.files import DatasetError
 from model.compress import load_tokenizer, method_names, wrap
 from model.compress.base import METHODS, OBJECTIVES
 from model.compress.decoder import PACKAGED, Decoder
-from train.compress_data import Reading, read
-from train.compress_loop import Fit, Settings, optimizer_for
+from train.compress_data import Reading, left_out, read
+from train.compress_loop import PRECISIONS, Fit, Settings, optimizer_for
 from train.compress_quant import load_quantized
 from train.errors import EXIT_DIVERGED, EXIT_USER, Diverged, UserError, is_disk_full
 from train.hooks import Signals
@@ -45,6 +45,11 @@ PLACES = {  # flags by other names they are known under
     "steps": ("--steps", "--max_steps"),
     "learning_rate": ("--learning_rate", "--lr"),
     "encoder": ("--encoder", "--model_id"),
+}
+HELP = {  # what a default does not say
+    "ratio": "source tokens per slot; a method that cannot meet it says so. Without it its own flags set the "
+    "size: num_condense_tokens, summary_length, compression_max_len, r and M, similarity_threshold",
+    "precision": " or ".join(PRECISIONS),
 }
 TEST = {"num_condense_tokens": 16, "max_tokens": 256, "lora_rank": 8}  # Condense's --test
 
@@ -92,8 +97,9 @@ def parser(method: str | None) -> argparse.ArgumentParser:
             known.add(f.name)
             names = PLACES.get(f.name, (f"--{f.name}",))
             p.add_argument(
-                *names, dest=f.name, default=None, **_kind(hints[f.name]), help=f"default {f.default}"
-            )
+                *names, dest=f.name, default=None, **_kind(hints[f.name]),
+                help="; ".join(filter(None, (HELP.get(f.name), f"default {f.default}"))),
+            )  # fmt: skip
     return p
 
 
@@ -172,6 +178,8 @@ def plan(args: argparse.Namespace) -> Plan:
         raise UserError(
             f"--objective {settings.objective}: one of {', '.join(OBJECTIVES)}, document, through"
         )
+    if settings.precision not in PRECISIONS:
+        raise UserError(f"--precision {settings.precision}: one of {', '.join(PRECISIONS)}")
     if settings.objective == "document" and "autocompressor" not in args.method:
         raise UserError("--objective document trains AutoCompressors alone")
     if settings.objective == "through" and args.method != "clusters":
@@ -206,13 +214,16 @@ def build(todo: Plan, args: argparse.Namespace, world: World, stack: ExitStack) 
     torch.manual_seed(settings.seed)
     model = load_quantized(todo.decoder, args.load_in, args.loader, args.models)
     tokenizer = (
-        load_tokenizer(todo.decoder, args.models) if needs_tokenizer(todo.data, todo.decoder) else None
+        load_tokenizer(todo.decoder, args.models)
+        if todo.options.get("encoder") or needs_tokenizer(todo.data, todo.decoder)
+        else None
     )
-    rows, heldout, dropped = read(todo.data, tokenizer, todo.reading)
+    compressor = wrap(Decoder(model), {"method": todo.method, **todo.options}).to(world.device)
+    encoder = None if tokenizer is None else compressor.context_tokenizer(tokenizer)
+    rows, heldout, dropped = read(todo.data, tokenizer, todo.reading, encoder)
     if args.epochs is not None:
         steps = max(1, round(args.epochs * len(rows) / settings.batch))
         settings = dataclasses.replace(settings, steps=steps)
-    compressor = wrap(Decoder(model), {"method": todo.method, **todo.options}).to(world.device)
     described = {
         "data": todo.data,
         "reading": dataclasses.asdict(todo.reading),
@@ -231,10 +242,8 @@ def build(todo: Plan, args: argparse.Namespace, world: World, stack: ExitStack) 
     share = own / (whole if compressor.trains_base else own + whole)
     log.say(
         f"{todo.method}: {own:,} parameters train, {share:.2%} of all; {len(rows)} examples, "
-        f"{len(heldout)} held out"
+        f"{len(heldout)} held out{left_out(dropped)}"
     )
-    if dropped:
-        log.say(f"{dropped} records are longer than max_tokens or max_characters and are left out")
     decode = None if tokenizer is None else tokenizer.decode
     return Fit(compressor, rows, heldout, settings, todo.run, log, world, described, decode)
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,26 +27,41 @@ import torch
 from torch import Tensor
 
 import dataset
-from model.compress.tokens import token_ids
+from model.compress.tokens import token_ids, translated
 from train.errors import UserError
 
+LONG = "records longer than max_tokens or max_characters"
+EMPTY = "records without a context, a prompt or an answer"
+TAIL = "tokens behind the last whole window of a text"
 GENERATED = ("passkey", "recall", "arithmetic", "wordnet")
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a context and of the text after it; the first `prompt` ids of the text are not scored."""
+    """Token ids of a context and of the text after it; the first `prompt` ids of the text are not scored.
+
+    encoded: the context in the tokens of an encoder with a tokenizer of its own, where there is one.
+    """
 
     context: tuple[int, ...]
     text: tuple[int, ...]
     prompt: int = 0
+    encoded: tuple[int, ...] | None = None
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """What is compressed."""
+        return self.context if self.encoded is None else self.encoded
 
 
 class ExampleBatch(NamedTuple):
-    """context, context_mask [B, C] and text, text_mask, labels [B, T], padded on the right with id 0."""
+    """context, context_mask [B, C] as they are compressed, source, source_mask [B, C'] as the decoder reads
+    them, and text, text_mask, labels [B, T]; padded on the right with id 0."""
 
     context: Tensor
     context_mask: Tensor
+    source: Tensor
+    source_mask: Tensor
     text: Tensor
     text_mask: Tensor
     labels: Tensor
@@ -54,17 +70,20 @@ class ExampleBatch(NamedTuple):
         return ExampleBatch(*(t.to(device) for t in self))
 
 
-def collate(examples: Sequence[Example]) -> ExampleBatch:
-    def padded(rows: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r, dtype=torch.int64) for r in rows], True)
-        lengths = torch.tensor([len(r) for r in rows])
-        return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+def padded(rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """ids [B, T], padded on the right with id 0, and their mask."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r, dtype=torch.int64) for r in rows], True)
+    lengths = torch.tensor([len(r) for r in rows])
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
-    context, context_mask = padded([e.context for e in examples])
+
+def collate(examples: Sequence[Example]) -> ExampleBatch:
+    context, context_mask = padded([e.read for e in examples])
+    source, source_mask = padded([e.context for e in examples])
     text, text_mask = padded([e.text for e in examples])
     prompts = torch.tensor([e.prompt for e in examples])
     labels = text.masked_fill(~text_mask | (torch.arange(text.shape[1]) < prompts[:, None]), -100)
-    return ExampleBatch(context, context_mask, text, text_mask, labels)
+    return ExampleBatch(context, context_mask, source, source_mask, text, text_mask, labels)
 
 
 @dataclass(frozen=True)
@@ -80,32 +99,58 @@ class Reading:
     seed: int = 0
 
 
-def read(source: str, tokenizer: Any, how: Reading) -> tuple[list[Example], list[Example], int]:
-    """Training and held-out examples, which share no row, and how many rows were too long and left out.
+Rows = list[Example]
 
+
+def read(source: str, tokenizer: Any, how: Reading, encoder: Any = None) -> tuple[Rows, Rows, Counter[str]]:
+    """Training and held-out examples, which share no row, and what was left out, counted by its reason.
+
+    encoder: tokenizer of an encoder that has its own; contexts then come in its tokens too.
     Raises UserError for a source that is not there or holds nothing usable.
     """
-    path = Path(source)
+    train, held, dropped = _split(source, tokenizer, how)
+    if encoder is not None and encoder is not tokenizer:
+        train, held = (_encoded(rows, tokenizer, encoder, how, dropped) for rows in (train, held))
+    if not train or not held:
+        raise UserError(
+            f"{source}: {len(train) + len(held)} usable examples{left_out(dropped)}; at least 2 are needed. "
+            f"Give more text, or shorter --context ({how.context}) and --target ({how.target})"
+        )
+    return train, held, dropped
+
+
+def left_out(dropped: Counter[str]) -> str:
+    """(left out: 3 records that ..., 120 tokens ...), or nothing."""
+    said = ", ".join(f"{n:,} {what}" for what, n in sorted(dropped.items()))
+    return f" (left out: {said})" if said else ""
+
+
+def _encoded(rows: Rows, tokenizer: Any, encoder: Any, how: Reading, dropped: Counter[str]) -> Rows:
+    """The rows with their contexts in the encoder's tokens too, where they fit."""
+    made = [replace(e, encoded=tuple(translated(e.context, tokenizer, encoder))) for e in rows]
+    fit = [e for e in made if 0 < len(e.read) <= how.max_tokens]
+    if len(fit) < len(made):
+        dropped[LONG] += len(made) - len(fit)
+    return fit
+
+
+def _split(source: str, tokenizer: Any, how: Reading) -> tuple[Rows, Rows, Counter[str]]:
+    path, dropped = Path(source), Counter[str]()
     name = source.split(":")[0]
     if name in GENERATED:
-        rows, dropped = _encode(generate(source, how.samples, how.seed), tokenizer, how)
+        rows = _encode(generate(source, how.samples, how.seed), tokenizer, how, dropped)
     elif (path / "manifest.json").is_file():
-        return *_prepared(path, how), 0
+        return *_prepared(path, how), dropped
     elif path.suffix in (".txt", ".md"):
-        rows, dropped = list(running(token_ids(tokenizer, path.read_text(), start=True), how)), 0
+        rows = running(token_ids(tokenizer, path.read_text(), start=True), how, dropped)
     elif path.suffix in (".jsonl", ".json"):
-        rows, dropped = _encode(_records(path), tokenizer, how)
+        rows = _encode(_records(path), tokenizer, how, dropped)
     else:
         raise UserError(
             f"{source}: not a dataset folder, .txt, .md, .jsonl or .json file, nor {', '.join(GENERATED)}"
         )
     random.Random(how.seed).shuffle(rows)
     cut = max(1, round(len(rows) * how.heldout))
-    if len(rows) < 2:
-        raise UserError(
-            f"{source}: {len(rows)} usable examples ({dropped} were too long); at least 2 are needed. "
-            f"Give more text, or shorter --context ({how.context}) and --target ({how.target})"
-        )
     return rows[cut:], rows[:cut], dropped
 
 
@@ -119,28 +164,33 @@ def _prepared(path: Path, how: Reading) -> tuple[list[Example], list[Example]]:
     return out[0], out[1]
 
 
-def running(ids: Sequence[int], how: Reading) -> Iterator[Example]:
-    """Consecutive windows of context + target tokens."""
+def running(ids: Sequence[int], how: Reading, dropped: Counter[str]) -> Rows:
+    """Consecutive windows of context + target tokens; what is left after the last whole one is counted."""
     step = how.context + how.target
-    for at in range(0, len(ids) - step + 1, step):
-        yield Example(tuple(ids[at : at + how.context]), tuple(ids[at + how.context : at + step]))
+    if tail := len(ids) % step:
+        dropped[TAIL] += tail
+    return [
+        Example(tuple(ids[at : at + how.context]), tuple(ids[at + how.context : at + step]))
+        for at in range(0, len(ids) - step + 1, step)
+    ]
 
 
-def _encode(records: Iterator[dict[str, str]], tokenizer: Any, how: Reading) -> tuple[list[Example], int]:
-    """Examples that fit, and the number that do not: nothing is cut short."""
-    out, dropped = [], 0
+def _encode(records: Iterator[dict[str, str]], tokenizer: Any, how: Reading, dropped: Counter[str]) -> Rows:
+    """Examples that fit: no context, prompt or answer is cut short. What does not is counted."""
+    out: Rows = []
     for r in records:
         if "text" in r:
-            out += list(running(token_ids(tokenizer, r["text"], start=True), how))
+            out += running(token_ids(tokenizer, r["text"], start=True), how, dropped)
             continue
         context = token_ids(tokenizer, r["context"], start=True)
         prompt, answer = (token_ids(tokenizer, r[part]) for part in ("prompt", "answer"))
         if len(r["context"]) > how.max_characters or len(context) > how.max_tokens:
-            dropped += 1
-            continue
-        if context and prompt and answer:
+            dropped[LONG] += 1
+        elif not (context and prompt and answer):
+            dropped[EMPTY] += 1
+        else:
             out.append(Example(tuple(context), (*prompt, *answer), len(prompt)))
-    return out, dropped
+    return out
 
 
 # ----------------------------------------------------------------------------- files

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from dataset.files import write_bytes
 from model.compress import ContextCompressor
 from model.compress.autocompressor import SegmentCompressor
 from model.compress.bptt import backward_document
 from model.compress.clusters import Clusters
-from model.compress.evaluate import losses_of
+from model.compress.evaluate import losses_of, misfit
 from model.compress.saving import tensors_of
 from train import checkpoint
-from train.compress_data import Example, collate
+from train.compress_data import Example, collate, padded
 from train.errors import Diverged, UserError
 from train.hooks import Signals
 from train.metrics import Log
 from train.world import World, autocast, seed_step
+
+CONFIG = "config.json"  # of a run: data, reading, settings, method
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,11 @@ class Settings:
     """What a run does.
 
     batch: examples per step over all ranks.  micro: per forward pass.  warmup: share of the steps.
-    objective: lm | ae | qa | distill | document (all segments of a text, AutoCompressors) | through (the text
-    itself, clusters in quality mode).
-    clip: norm of the gradient.  learning_rate None: the method's own.  generate_tokens: of every sample.
+    objective: lm (every token of the text, prompts too) | ae (the context again) | qa (answers alone) |
+    distill | document (all segments of a text, AutoCompressors) | through (the text itself, clusters in
+    quality mode).  The held-out loss is that of the answers, or of the whole target, whatever the objective.
+    precision: fp32 or bf16.  clip: norm of the gradient.  learning_rate None: the method's own.
+    generate_tokens: of every sample.
     """
 
     steps: int = 500
@@ -86,6 +93,7 @@ class Fit:
         self.described = json.dumps(described, indent=1, sort_keys=True)
         self.optimizer = optimizer_for(compressor, settings)
         self.step, self.best = 0, math.inf
+        self.misfit = misfit(compressor, heldout[: settings.eval_examples])
 
     # ------------------------------------------------------------------ state
 
@@ -131,26 +139,22 @@ class Fit:
 
     def backward(self, rows: list[Example], share: float) -> dict[str, float]:
         """Add the gradient of a micro batch, times its share of the step; its losses as numbers."""
-        b = collate(rows).to(self.world.device)
-        objective = self.s.objective
-        if objective == "document":
-            assert isinstance(self.c, SegmentCompressor)
-            ids, mask = torch.cat([b.context, b.text], 1), torch.cat([b.context_mask, b.text_mask], 1)
-            generator = torch.Generator().manual_seed(self.s.seed * 1_000_003 + self.step)
-            return backward_document(self.c, ids, mask, generator=generator, scale=share)
-        if objective == "through":
+        objective, device = self.s.objective, self.world.device
+        if objective in ("document", "through"):  # joined row by row, so that no padding lies inside
+            ids, mask = (t.to(device) for t in padded([(*e.context, *e.text) for e in rows]))
+            if objective == "document":
+                assert isinstance(self.c, SegmentCompressor)
+                generator = torch.Generator().manual_seed(self.s.seed * 1_000_003 + self.step)
+                return backward_document(self.c, ids, mask, generator=generator, scale=share)
             assert isinstance(self.c, Clusters)
-            ids, mask = torch.cat([b.context, b.text], 1), torch.cat([b.context_mask, b.text_mask], 1)
             out = self.c.through(ids, mask, labels=ids)
         else:
+            b = collate(rows).to(device)
             out = self.c(
-                b.context,
-                b.text,
-                b.labels,
-                objective,
-                context_mask=b.context_mask,
-                attention_mask=b.text_mask,
-            )
+                b.context, b.text, b.labels if objective == "qa" else None, objective,
+                context_mask=b.context_mask, attention_mask=b.text_mask,
+                source_ids=b.source, source_mask=b.source_mask,
+            )  # fmt: skip
         assert out.loss is not None
         if out.loss.requires_grad:
             (out.loss * share).backward()
@@ -185,25 +189,26 @@ class Fit:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Held-out nats per token after the compressed context, and after the whole one.
+        """Held-out nats per token after the compressed context, and after the whole one where it fits.
 
         The best is kept as it was scored: the parachute moves the threshold afterwards.
         """
         self.c.eval()
-        rows = self.heldout[: self.s.eval_examples]
-        sums = {"loss": 0.0, "full": 0.0, "tokens": 0.0}
+        rows, sums = self.heldout[: self.s.eval_examples], Counter[str]()
+        names = {"loss": "compressed"} | ({} if self.misfit else {"full": "full"})
         for at in range(0, len(rows), self.s.micro):
             b = collate(rows[at : at + self.s.micro]).to(self.world.device)
-            found, count = losses_of(self.c, b, ("compressed", "full"))
-            sums["loss"] += float(found["compressed"].sum())
-            sums["full"] += float(found["full"].sum())
-            sums["tokens"] += float(count.sum())
-        scores = {k: sums[k] / max(sums["tokens"], 1) for k in ("loss", "full")}
+            found, count = losses_of(self.c, b, tuple(names.values()))
+            for key, variant in names.items():
+                sums[key] += float(found[variant].sum())  # type: ignore[assignment]
+            sums["tokens"] += int(count.sum())
+        scores = {key: sums[key] / max(sums["tokens"], 1) for key in names}
         if scores["loss"] < self.best:
             self.best = scores["loss"]
             if self.world.main:
                 self.c.save(self.run / "best")
-        if isinstance(self.c, Clusters) and self.c.config.adaptive_threshold and self.step:
+        adapts = isinstance(self.c, Clusters) and self.c.config.adaptive_threshold
+        if isinstance(self.c, Clusters) and adapts and self.step and "full" in scores:
             scores["tau"] = self.c.parachute(scores["loss"] / max(scores["full"], 1e-9))
         return scores
 
@@ -212,7 +217,7 @@ class Fit:
         """What the decoder writes after the first held-out context and prompt."""
         row = self.heldout[0]
         prompt = row.text[: row.prompt or min(8, len(row.text))]
-        ids = torch.tensor([row.context], device=self.world.device)
+        ids = torch.tensor([row.read], device=self.world.device)
         text = torch.tensor([prompt], device=self.world.device)
         out = self.c.generate(
             text, self.c.compress(ids), max_new_tokens=self.s.generate_tokens, do_sample=False, pad_token_id=0
@@ -221,14 +226,17 @@ class Fit:
 
     def fit(self, signals: Signals) -> bool:
         """Train to the end (True), or until a signal (False); both leave a checkpoint."""
+        if self.world.main:
+            write_bytes(self.run / CONFIG, self.described.encode())
+        if self.misfit:
+            self.log.say(f"no loss after the full context is measured: {self.misfit}")
         while True:
             due = self.step % self.s.eval_steps == 0 or self.step == self.s.steps
             if due:
                 scores = self.evaluate()
                 self.log.write("eval", self.step, **scores)
-                self.log.say(
-                    f"step {self.step}: held-out {scores['loss']:.4f}, full context {scores['full']:.4f}"
-                )
+                full = f", full context {scores['full']:.4f}" if "full" in scores else ""
+                self.log.say(f"step {self.step}: held-out {scores['loss']:.4f}{full}")
                 if self.decode is not None and self.world.main:
                     self.log.write("sample", self.step, text=self.sample())
             if self.step >= self.s.steps:

@@ -106,7 +106,9 @@ def fitted(arm: Arm, variable: Mapping[str, Any] | None, context: int) -> Arm:
 
 
 def batches_of(held: list[Example]) -> list[Any]:
-    return [collate(held[i : i + 16]) for i in range(0, len(held), 16)]
+    """At most 16 windows each, near-equal, so that none is left alone: it could not be shuffled."""
+    n = -(-len(held) // 16)
+    return [collate(held[len(held) * i // n : len(held) * (i + 1) // n]) for i in range(n)]
 
 
 def bounds(model: Any, held: list[Example]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 
 from model.compress.base import ContextCompressor
 from model.compress.rows import token_losses
-from model.compress.tokens import token_ids
+from model.compress.tokens import token_ids, translated
 from train import harness
 
 
@@ -25,14 +25,16 @@ class Requests:
         if keep < 1:
             raise ValueError(f"keep={keep}: at least the last token before a continuation must stay")
         self.c, self.tokenizer, self.keep, self.asked = compressor.eval(), tokenizer, keep, asked
+        self.reader = compressor.context_tokenizer(tokenizer)
 
     def _split(self, ids: list[int]) -> tuple[Any, list[int]]:
         """The compressed head of a context and its tail; None and all of it where the head would be too short
         to be one slot at the ratio that is asked."""
         head, tail = ids[: -self.keep], ids[-self.keep :]
-        if len(head) < max(1.0, self.asked.get("ratio") or 1.0):
+        read = translated(head, self.tokenizer, self.reader) if head else []
+        if len(read) < max(1.0, self.asked.get("ratio") or 1.0):
             return None, ids
-        return self.c.compress(torch.tensor([head]), **self.asked), tail
+        return self.c.compress(torch.tensor([read]), **self.asked), tail
 
     @torch.no_grad()
     def score(self, context: str, continuation: str) -> tuple[float, bool]:

@@ -32,10 +32,8 @@ from model.core import Aux, merge_aux
 
 
 @dataclass(frozen=True)
-class AutoCompressorConfig(CompressorConfig):
-    """summary_length: kappa, summary vectors per segment.
-    accumulate_summary: keep the summaries of all segments; False: the latest replaces the memory.
-    segment_length: longest segment that `compress` makes of its own accord.
+class SegmentConfig(CompressorConfig):
+    """segment_length: longest segment that `compress` makes of its own accord.
     segment_lengths: fixed lengths for training, and for rows of `compress` of exactly that many tokens unless
     a ratio or budget asks for another number of segments; () cuts equal or random segments.
     tune: lora, or full for every weight of the decoder.  lora_rank, lora_alpha, lora_targets: of the former.
@@ -46,8 +44,6 @@ class AutoCompressorConfig(CompressorConfig):
     segment_gradient_checkpointing: recompute each segment in the backward pass.
     """
 
-    summary_length: int = 50
-    accumulate_summary: bool = True
     segment_length: int = 1024
     segment_lengths: tuple[int, ...] = ()
     tune: str = "lora"
@@ -60,6 +56,16 @@ class AutoCompressorConfig(CompressorConfig):
     bptt: str = "grouped"
     truncate_bptt_segments: int = 1
     segment_gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class AutoCompressorConfig(SegmentConfig):
+    """summary_length: kappa, summary vectors per segment.
+    accumulate_summary: keep the summaries of all segments; False: the latest replaces the memory.
+    """
+
+    summary_length: int = 50
+    accumulate_summary: bool = True
 
 
 @dataclass
@@ -85,10 +91,10 @@ def mean_aux(parts: Sequence[Aux]) -> Aux:
 class SegmentCompressor(ContextCompressor):
     """What fixed and variable length share: segments, memory, and the decoder's own adapter."""
 
-    Config = AutoCompressorConfig
+    Config = SegmentConfig
     accepts = frozenset({"tokens", "embeds"})
 
-    def __init__(self, decoder: Decoder, config: AutoCompressorConfig) -> None:
+    def __init__(self, decoder: Decoder, config: SegmentConfig) -> None:
         super().__init__(decoder, config)
         for name, allowed in (("tune", ("lora", "full")), ("bptt", ("grouped", "sliding"))):
             if getattr(config, name) not in allowed:
@@ -165,8 +171,9 @@ class SegmentCompressor(ContextCompressor):
         return replaced(memory, new)
 
     @property
+    @abstractmethod
     def accumulates(self) -> bool:
-        return self.config.accumulate_summary
+        """Whether summaries add up; else the latest replaces the memory it has read."""
 
     def checkpointed(self, memory, embeds, mask, keep):
         """`summarise`, recomputed in the backward pass if the config says so."""
@@ -177,14 +184,14 @@ class SegmentCompressor(ContextCompressor):
     # ------------------------------------------------------------------ contexts and documents
 
     @property
+    @abstractmethod
     def per_segment(self) -> int:
         """The most slots that one segment brings."""
-        return self.config.summary_length
 
     @property
     def closing(self) -> int:
         """Places that summing up a segment takes behind its text."""
-        return self.config.summary_length
+        return self.per_segment
 
     def longest_segment(self, n: int) -> int:
         """The most tokens that any of a document's n segments may have: rotary families also need positions
@@ -275,9 +282,20 @@ class SegmentCompressor(ContextCompressor):
 class AutoCompressor(SegmentCompressor):
     """kappa summary vectors per segment."""
 
+    Config = AutoCompressorConfig
+    config: AutoCompressorConfig
+
     def __init__(self, decoder: Decoder, config: AutoCompressorConfig) -> None:
         super().__init__(decoder, config)
         self.embed_summary = nn.Parameter(self.eos_row().expand(config.summary_length, -1).clone())
+
+    @property
+    def per_segment(self) -> int:
+        return self.config.summary_length
+
+    @property
+    def accumulates(self) -> bool:
+        return self.config.accumulate_summary
 
     def summarise(self, memory, embeds, mask, keep=True):
         text, summary, _, _ = self.segment(memory, embeds, mask, self.embed_summary if keep else None)

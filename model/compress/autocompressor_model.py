@@ -47,7 +47,8 @@ class AutoCompressorModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, base_model: Any = None) -> AutoCompressorModel:
-        """A folder of ours (with its base by name, or `base_model`), or a published AutoCompressor's folder.
+        """A folder of ours (with its base by name, or `base_model`), or a published AutoCompressor: a folder,
+        or a name on the hub (`princeton-nlp/AutoCompressor-Llama-2-7b-6k`), which is downloaded.
 
         Raises ValueError where the folder holds neither.
         """
@@ -56,7 +57,7 @@ class AutoCompressorModel(nn.Module):
             if not isinstance(loaded, SegmentCompressor):
                 raise ValueError(f"{path} holds a {loaded.registered_name}, not an AutoCompressor")
             return cls(loaded).eval()
-        return cls(load_published(path)).eval()
+        return cls(load_published(local_folder(path))).eval()
 
     def save_pretrained(self, path: str | Path) -> None:
         self.compressor.save(path)
@@ -120,6 +121,15 @@ class LlamaAutoCompressorModel(AutoCompressorModel):
 
 class OPTAutoCompressorModel(AutoCompressorModel):
     family = "opt"
+
+
+def local_folder(path: str | Path) -> Path:
+    """The folder itself, or the hub's copy of a name that is no folder."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(path)))
 
 
 def load_published(folder: str | Path) -> SegmentCompressor:

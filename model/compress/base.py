@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +18,8 @@ from torch import Tensor
 
 from model.compress.context import CompressedContext, LayerSlots, tight
 from model.compress.decoder import Decoder
+from model.compress.options import CompressorConfig as CompressorConfig
+from model.compress.options import CompressorOutput as CompressorOutput
 from model.compress.reading import Reading
 from model.compress.rows import check_amount, checked_mask, pack, text_positions, token_losses
 from model.registry import Registry, did_you_mean
@@ -27,32 +28,6 @@ OBJECTIVES = ("lm", "ae", "qa", "distill")
 METHODS = Registry("compression method", "model.compress")
 compressor = METHODS.register
 method_names = METHODS.names
-
-
-@dataclass(frozen=True)
-class CompressorConfig:
-    """Options every method has.
-
-    ratio: source tokens per slot where a call names neither ratio nor budget.
-    gradient_checkpointing: recompute activations layer by layer in the backward pass.
-    seed: of whatever a method draws at random.
-    """
-
-    ratio: float = 4.0
-    gradient_checkpointing: bool = False
-    seed: int = 0
-
-
-@dataclass
-class CompressorOutput:
-    """loss: 0-d, None without labels.  logits [B, T, V] for the text.  losses: its parts, weighted.
-    stats: detached 0-d values to look at.  context: what was compressed."""
-
-    loss: Tensor | None
-    logits: Tensor
-    context: CompressedContext | None = None
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    stats: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ContextCompressor(Reading, ABC):
@@ -70,6 +45,7 @@ class ContextCompressor(Reading, ABC):
 
     def __init__(self, decoder: Decoder, config: CompressorConfig) -> None:
         super().__init__()
+        check_amount(config.ratio, None, 0)
         self.__dict__["decoder"] = decoder
         self.config = config
         decoder.model.requires_grad_(self.trains_base).eval()
@@ -79,6 +55,15 @@ class ContextCompressor(Reading, ABC):
     def learning_rates(self) -> dict[str, float]:
         """Parameter name prefix -> learning rate, where a method's own tensors want one of their own."""
         return {}
+
+    @property
+    def reader(self) -> Decoder:
+        """Whose tokens `compress` takes: the decoder's, unless a method has an encoder of its own."""
+        return self.decoder
+
+    def context_tokenizer(self, tokenizer: Any) -> Any:
+        """The tokenizer for contexts, given the decoder's."""
+        return tokenizer
 
     @property
     def trains_base(self) -> bool:
@@ -106,16 +91,18 @@ class ContextCompressor(Reading, ABC):
         budget: int | None = None,
         state: CompressedContext | None = None,
     ) -> CompressedContext:
-        """input_ids int64 [B, T] with any padding -> what is kept of them.
+        """input_ids int64 [B, T] with any padding, in the tokens of `reader` -> what is kept of them.
 
         ratio: source tokens per slot.  budget: slots per row, never exceeded.  At most one of the two.
         state: an earlier context that this one continues.
         Gradients are kept in training mode only. Raises ValueError for bad masks, for inputs longer than
         the decoder reads, and for a ratio or budget that the method cannot meet.
         """
-        mask = checked_mask(input_ids, attention_mask, self.decoder.config.pad_token_id, "compress")
+        mask = checked_mask(input_ids, attention_mask, self.reader.config.pad_token_id, "compress")
         ids, mask = pack(input_ids, mask)
         check_amount(ratio, budget, ids.shape[1])
+        if ratio is None and budget is None:
+            ratio = self.config.ratio
         if state is not None:
             self._check_context(state, ids.shape[0])
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
@@ -141,7 +128,7 @@ class ContextCompressor(Reading, ABC):
         """Slots [B] for contexts of `lengths` [B]: floor(length / ratio), at least 1 for a token."""
         if budget is not None:
             return lengths.clamp_max(budget)
-        ratio = self.config.ratio if ratio is None else ratio
+        ratio = ratio or self.config.ratio or 4.0
         return (lengths / ratio).floor().long().clamp_min(1).minimum(lengths)
 
     def _embeds(
@@ -222,6 +209,8 @@ class ContextCompressor(Reading, ABC):
         *,
         context_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        source_ids: Tensor | None = None,
+        source_mask: Tensor | None = None,
         ratio: float | None = None,
         budget: int | None = None,
     ) -> CompressorOutput:
@@ -229,15 +218,24 @@ class ContextCompressor(Reading, ABC):
 
         objective: lm (every text token), ae (the context itself is the text), qa (`labels` required, -100 on
         the prompt), distill (KL to the same decoder with the whole context, nats per token).
+        source_ids, source_mask: the context in the decoder's own tokens, for ae and distill; needed where an
+        encoder with a vocabulary of its own reads `context_ids`.
         """
         if objective not in OBJECTIVES:
             raise ValueError(f"objective {objective!r}{did_you_mean(objective, OBJECTIVES)}")
         if objective == "qa" and labels is None:
             raise ValueError("objective 'qa' scores the answer alone: give labels with -100 on the prompt")
+        if source_ids is None:
+            source_ids, source_mask = context_ids, context_mask
+            if objective in ("ae", "distill") and self.reader is not self.decoder:
+                raise ValueError(
+                    f"objective {objective!r} shows the context to the decoder, and an encoder's tokens "
+                    "are not its own: give source_ids"
+                )
         context = self.compress(context_ids, context_mask, ratio=ratio, budget=budget)
         if objective == "ae":
-            mask = checked_mask(context_ids, context_mask, self.decoder.config.pad_token_id, "compress")
-            input_ids, attention_mask = pack(context_ids, mask)
+            mask = checked_mask(source_ids, source_mask, self.decoder.config.pad_token_id, "forward")
+            input_ids, attention_mask = pack(source_ids, mask)
         elif input_ids is None:
             raise ValueError(f"objective {objective!r} needs input_ids")
         assert input_ids is not None
@@ -245,7 +243,7 @@ class ContextCompressor(Reading, ABC):
         logits, first = self.decode(context, input_ids, mask)
         labels = (input_ids if labels is None else labels).masked_fill(~mask, -100)
         if objective == "distill":
-            losses = {"distill": self._distill(context_ids, context_mask, input_ids, mask, logits)}
+            losses = {"distill": self._distill(source_ids, source_mask, input_ids, mask, logits)}
         else:
             nll = token_losses(logits, labels, first)
             scored = labels.ne(-100).sum() if first is not None else labels[:, 1:].ne(-100).sum()
@@ -254,10 +252,10 @@ class ContextCompressor(Reading, ABC):
         total = torch.stack(list(losses.values())).sum()
         return CompressorOutput(total, logits, context, losses, dict(context.aux.stats))
 
-    def _distill(self, context_ids, context_mask, input_ids, mask, logits) -> Tensor:
+    def _distill(self, source_ids, source_mask, input_ids, mask, logits) -> Tensor:
         with torch.no_grad():
-            whole = checked_mask(context_ids, context_mask, self.decoder.config.pad_token_id, "compress")
-            teacher, _ = self.decode(self.full_context(*pack(context_ids, whole)), input_ids, mask, False)
+            whole = checked_mask(source_ids, source_mask, self.decoder.config.pad_token_id, "forward")
+            teacher, _ = self.decode(self.full_context(*pack(source_ids, whole)), input_ids, mask, False)
         student = logits.float().log_softmax(-1)
         kl = (teacher.float().softmax(-1) * (teacher.float().log_softmax(-1) - student)).sum(-1)
         return (kl * mask).sum() / mask.sum().clamp_min(1)
@@ -270,16 +268,19 @@ class ContextCompressor(Reading, ABC):
 
     # ------------------------------------------------------------------ reporting
 
-    def memory_report(self, context: CompressedContext) -> dict[str, float]:
+    def memory_report(self, context: CompressedContext, source: int | None = None) -> dict[str, float]:
         """Measured bytes: kept (the artefact as carried), kv (keys and values that decoding holds), full_kv
-        (an uncompressed cache of the same rows), ratio (full_kv / kv) and mean slots per row and layer."""
+        (an uncompressed cache of the same rows), ratio (full_kv / kv) and mean slots per row and layer.
+
+        source: tokens of the rows as the decoder reads them; without it, as `reader` read them.
+        """
         with torch.no_grad():
             layers = self.lower(context)
         tensors = {t.untyped_storage().data_ptr(): t for x in layers for t in (x.keys, x.values)}
         kv = sum(t.untyped_storage().nbytes() for t in tensors.values())
         size = layers[0].keys.element_size()
         per_token = 2 * self.decoder.n_layers * self.decoder.n_kv_heads * self.decoder.head_dim * size
-        full = int(context.source_length.sum()) * per_token
+        full = (int(context.source_length.sum()) if source is None else source) * per_token
         slots = torch.stack([x.mask.sum(1) for x in layers]).float().mean()
         return {
             "kept_bytes": context.bytes(),

@@ -62,13 +62,21 @@ class Chain(ContextCompressor):
         earlier = 0 if state is None or len(self.stages) == 1 else state.source_length
         return self.stages[-1].slots_wanted(mask.sum(1) + earlier, ratio, budget)
 
+    @property
+    def reader(self):
+        return self.stages[0].reader
+
+    def context_tokenizer(self, tokenizer: Any) -> Any:
+        return self.stages[0].context_tokenizer(tokenizer)
+
     def _compress(self, ids, mask, slots, state):
         if len(self.stages) == 1:
             return replace(self.stages[0]._compress(ids, mask, slots, state), method=self.registered_name)
         context = self.stages[0].compress(ids, mask, state=state)
         last = len(self.stages) - 1
         for i in range(1, last):
-            wanted = self.stages[i].slots_wanted(context.source_length, None, None)
+            stage = self.stages[i]
+            wanted = stage.slots_wanted(context.source_length, stage.config.ratio, None)
             context = self._next(i, context, wanted)
         return replace(self._next(last, context, slots), method=self.registered_name)
 

@@ -1,12 +1,13 @@
 """Condense: N learned tokens read a context through an adapted encoder; what they become are soft tokens for
-a
-frozen decoder.
+a frozen decoder.
 
     [embed_c(context); P] -> encoder with LoRA -> last n hidden states of P, side by side [N, n*dc]
                           -> LayerNorm -> Linear -> soft tokens [N, E]
     decoder input: [soft tokens; embed_d(prompt and answer)]
 
-The encoder is the decoder itself or a model of its own, with a tokenizer of its own. Nearest relatives: ICAE
+The encoder is the decoder itself or a model of its own. Then `compress` takes ids of the encoder's tokenizer,
+prompts and answers stay in the decoder's, and the trainer and the evaluation read every context with both.
+Nearest relatives: ICAE
 (arXiv 2307.06945) and CompLLM (arXiv 2509.19228). `slots: mean` replaces P by window means of the context's
 own states: the trained mean-pooling baseline that learned tokens have to beat (arXiv 2510.20797).
 
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from model.compress.base import CompressorConfig, ContextCompressor, compressor
 from model.compress.caches import pool
 from model.compress.context import CompressedContext, join_embeds
-from model.compress.decoder import Decoder, load_decoder
+from model.compress.decoder import Decoder, load_decoder, load_tokenizer
 from model.compress.lora import LoRA
 from model.compress.rows import text_positions
 
@@ -37,7 +38,7 @@ class CondenseConfig(CompressorConfig):
     max_characters: longest context the training data reader lets through, in characters.
     last_states: n, hidden states of the encoder's last layers that are laid side by side.
     slots: learned (P) or mean (windows of the context).
-    encoder: name or folder of another encoder; None: the decoder itself.
+    encoder: name or folder of another encoder and its tokenizer; None: the decoder itself.
     lora_rank, lora_alpha, lora_targets: of the encoder's adapter; None: every projection the family has.
     """
 
@@ -71,6 +72,7 @@ class Condense(ContextCompressor):
             )
         encoder.model.requires_grad_(False)
         self.__dict__["encoder"] = encoder
+        self._tokenizer: Any = None  # the encoder's, once it is asked for
         if config.slots == "learned":
             self.pre_condensed_tokens = nn.Parameter(
                 torch.randn(config.num_condense_tokens, encoder.embed_width)
@@ -83,6 +85,17 @@ class Condense(ContextCompressor):
         self.lora = LoRA(encoder.lora_targets(config.lora_targets), config.lora_rank, config.lora_alpha)
 
     encoder: Decoder
+
+    @property
+    def reader(self) -> Decoder:
+        return self.encoder
+
+    def context_tokenizer(self, tokenizer: Any) -> Any:
+        if self.config.encoder is None:
+            return tokenizer
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.config.encoder)
+        return self._tokenizer
 
     def _apply(self, fn, recurse: bool = True):
         if self.encoder is not self.decoder:
@@ -153,8 +166,7 @@ class Condense(ContextCompressor):
 
     def load_published(self, modules: str | Path, adapter: str | Path | None = None) -> None:
         """Weights of a published checkpoint: `modules.pt` (tokens, linear, norm; read as weights only) and,
-        if
-        given, the folder or file of its LoRA adapter.
+        if given, the folder or file of its LoRA adapter.
 
         Raises RuntimeError or KeyError where shapes or names do not fit this compressor.
         """

@@ -5,7 +5,8 @@
 with intervals from a paired bootstrap over examples. The first token of a text is never scored, since only
 some carriers can predict it: every method is scored on the same tokens.
 
-A batch is anything with context, context_mask [B, C] and text, text_mask, labels [B, T].
+A batch is anything with context, context_mask [B, C], source, source_mask [B, C'] (the same context in the
+decoder's own tokens) and text, text_mask, labels [B, T].
 Shape legend: B batch  C context  T text  S slots.
 """
 
@@ -81,6 +82,18 @@ def random_like(context: CompressedContext, generator: torch.Generator) -> Compr
     return replace(context, layers=layers)
 
 
+def misfit(compressor: ContextCompressor, rows: Sequence[Any]) -> str | None:
+    """Why the decoder cannot read whole contexts before their texts (rows have `context` and `text`), so that
+    no variant `full` can be scored; None where it can."""
+    longest = max((len(r.context) + len(r.text) for r in rows), default=0)
+    widest = max((len(r.context) for r in rows), default=0) + max((len(r.text) for r in rows), default=0)
+    try:
+        compressor.decoder.check_length(longest, widest)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 @torch.no_grad()
 def losses_of(
     compressor: ContextCompressor,
@@ -91,9 +104,11 @@ def losses_of(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Summed nats [B] of every variant, and scored tokens [B].
 
-    variants: none and full (the decoder as it was), compressed, adapted_none (no context, but with whatever
-    the method changed in the decoder), shuffled (another row's slots), random (slots of noise).
-    asked: ratio or budget for `compress`.
+    variants: none and full (the decoder without the method's adapter; a method that trains the decoder's own
+    weights leaves no other than the trained ones, so score both ends before it is loaded), compressed,
+    adapted_none (no context, but with whatever the method changed in the decoder), shuffled (another row's
+    slots), random (slots of noise).
+    asked: ratio or budget for `compress`.  Raises ValueError for `shuffled` in a batch of one row.
     """
     labels = batch.labels.clone()
     labels[:, 0] = -100
@@ -105,9 +120,11 @@ def losses_of(
         if variant in ("none", "adapted_none"):
             given = None
         elif variant == "full":
-            given = compressor.full_context(*pack(batch.context, batch.context_mask))
+            given = compressor.full_context(*pack(batch.source, batch.source_mask))
         elif variant == "shuffled":
             assert context is not None
+            if context.batch_size < 2:
+                raise ValueError("a batch of one row has no other row to be shuffled with")
             given = context.select(torch.arange(context.batch_size).roll(1))
         elif variant == "random":
             assert context is not None
@@ -141,7 +158,7 @@ def score(
         for v in variants:
             nll[v].append(found[v])
         tokens.append(count)
-        report = compressor.memory_report(context)
+        report = compressor.memory_report(context, int(batch.source_mask.sum()))
         for key in ("kv_bytes", "full_kv_bytes"):
             sums[key] += report[key]  # type: ignore[assignment]
         sums["slots"] += report["slots"] * context.batch_size  # type: ignore[assignment]
@@ -159,7 +176,7 @@ def score(
 def restore_accuracy(compressor: ContextCompressor, batch: Any, **asked: Any) -> float:
     """Share of context tokens that are predicted right when the context is read again after its slots."""
     context = compressor.compress(batch.context, batch.context_mask, **asked)
-    ids, mask = pack(batch.context, batch.context_mask)
+    ids, mask = pack(batch.source, batch.source_mask)
     logits, _ = compressor.decode(context, ids, mask)
     right = (logits[:, :-1].argmax(-1) == ids[:, 1:]) & mask[:, 1:]
     return float(right.sum() / mask[:, 1:].sum())
@@ -191,9 +208,12 @@ def answer(
     max_new_tokens: int = 12,
     **asked: Any,
 ) -> list[str]:
-    """First lines of what the decoder writes after each prompt; the context is compressed once for all."""
+    """First lines of what the decoder writes after each prompt; the context is compressed once for all.
+
+    tokenizer: the decoder's; an encoder with its own brings that along.
+    """
     c, device = compressor, next(compressor.decoder.model.parameters()).device
-    ids = torch.tensor([token_ids(tokenizer, context, start=True)], device=device)
+    ids = torch.tensor([token_ids(c.context_tokenizer(tokenizer), context, start=True)], device=device)
     kept = c.compress(ids, **asked)
     out = []
     for question in questions:
@@ -271,7 +291,7 @@ def cost(
 ) -> Cost:
     """Time to compress, to the first token, and per token, after compressed and full contexts in turn."""
     c = compressor
-    full = c.full_context(*pack(batch.context, batch.context_mask))
+    full = c.full_context(*pack(batch.source, batch.source_mask))
     times: dict[str, list[float]] = {}
 
     def timed(name: str, action: Callable[[], Any]) -> Any:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from model.compress.autocompressor import AutoCompressorConfig, SegmentCompressor
+from model.compress.autocompressor import SegmentCompressor, SegmentConfig
 from model.compress.base import compressor
 from model.compress.context import CompressedContext, LayerSlots
 from model.compress.decoder import Decoder
@@ -34,7 +34,7 @@ from model.core import Aux
 
 
 @dataclass(frozen=True)
-class VariableAutoCompressorConfig(AutoCompressorConfig):
+class VariableAutoCompressorConfig(SegmentConfig):
     """compression_max_len: most slots per segment.  compression_lambda, compression_alpha: see the penalty.
     compress_stop_threshold: stop once the chance of having stopped exceeds it; None: draw.
     recompress_memory: each summary replaces the memory it has read; False: memories accumulate.

@@ -286,7 +286,7 @@ def test_model_interface(llama):
 
 
 @pytest.mark.parametrize("family,cls", [("llama", LlamaAutoCompressorModel), ("opt", OPTAutoCompressorModel)])
-def test_published_layout(tmp_path, family, cls):
+def test_published_layout(tmp_path, monkeypatch, family, cls):
     """A synthetic checkpoint in the layout of princeton-nlp's: the decoder's file with embed_summary
     beside."""
     base = tiny_decoder(family)
@@ -303,6 +303,11 @@ def test_published_layout(tmp_path, family, cls):
     model.save_pretrained(tmp_path / "again")
     again = AutoCompressorModel.from_pretrained(tmp_path / "again", base)
     assert torch.equal(again(ids, output_softprompt=True).softprompt.embeds, memory.embeds)
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: asked.append(name) or str(tmp_path))
+    hub = cls.from_pretrained("princeton-nlp/AutoCompressor-2.7b-6k")
+    assert asked == ["princeton-nlp/AutoCompressor-2.7b-6k"]
+    assert torch.equal(hub.compressor.embed_summary, kappa)
 
 
 def test_full_tuning_moves_the_base_and_is_saved(tmp_path):

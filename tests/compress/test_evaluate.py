@@ -211,7 +211,7 @@ def test_files(tmp_path):
     lines = [{"context": "abc", "activation_prompt": "q", "expected_completion": str(i)} for i in range(5)]
     jsonl.write_text("\n".join(json.dumps(x) for x in lines))
     train, held, dropped = data.read(str(jsonl), Letters(), how)
-    assert len(train) + len(held) == 5 and not set(train) & set(held) and dropped == 0
+    assert len(train) + len(held) == 5 and not set(train) & set(held) and not dropped
     (tmp_path / "t.txt").write_text("lorem ipsum dolor " * 10)
     assert all(
         len(e.context) == 6 and len(e.text) == 2
@@ -229,6 +229,29 @@ def test_files(tmp_path):
     (wordnet / "data.noun").write_text("\n".join(entry.format(i, i) for i in range(9)))
     (one,) = data.generate(f"wordnet:{wordnet}", 1, 0)
     assert one["answer"].strip().startswith("word") and "gloss number" in one["prompt"]
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    """Texts shorter than a window and the tails of others, records that are too long or lack a part."""
+    how = data.Reading(context=6, target=2, heldout=0.3, max_tokens=9)
+    texts = [{"text": "x" * n} for n in (24, 10, 3)]  # with BOS 25, 11 and 4 tokens
+    records = [{"context": "c" * n, "prompt": "p", "answer": a} for n, a in ((30, "a"), (5, ""), (5, "a"))]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in texts + records))
+    train, held, dropped = data.read(str(tmp_path / "a.jsonl"), Letters(), how)
+    assert len(train) + len(held) == 3 + 1 + 1
+    assert dropped == {data.TAIL: 1 + 3 + 4, data.LONG: 1, data.EMPTY: 1}
+    assert "8 tokens behind the last whole window" in data.left_out(dropped)
+
+
+def test_nobody_is_shuffled_with_himself(llama):
+    from experiments.compression.arms import batches_of
+
+    alone = rows(1)
+    with pytest.raises(ValueError, match="no other row"):
+        ev.losses_of(wrap(llama, "mean_pool"), alone, ("shuffled",), ratio=4)
+    example = data.Example((4, 5), (6, 7))
+    assert [len(b.text) for b in batches_of([example] * 33)] == [11, 11, 11]
+    assert [len(b.text) for b in batches_of([example] * 32)] == [16, 16]
 
 
 def test_special_tokens_stand_where_a_text_begins(tmp_path):

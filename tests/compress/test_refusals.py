@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, GPTNeoXConfig
 
 from model.compress import method_names, wrap
-from tests.compress.test_contract import asked, make
+from tests.compress.test_contract import SETTINGS, asked, make
 from tests.compress.tiny import VOCAB, batch, tiny_decoder
 
 METHODS = method_names()
@@ -76,6 +76,23 @@ def test_ratio_beyond_the_context(llama, method):
         c.compress(batch([20, 3])[0], batch([20, 3])[1], ratio=21)
     with pytest.raises(ValueError, match="at least 0"):
         c.compress(batch([20])[0], budget=-1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("ratio", [1.0, 2.0, 5.0])
+def test_the_ratio_of_the_config_is_that_of_a_call(llama, method, ratio):
+    """Every method keeps as many slots, or refuses in the same words."""
+
+    def outcome(options, call):
+        try:
+            return wrap(llama, method, **options).compress(batch([20])[0], **call).slot_counts.tolist()
+        except ValueError as error:
+            return str(error)
+
+    options = {k: v for k, v in SETTINGS.get(method, {}).items() if k != "ratio"}
+    assert outcome(options | {"ratio": ratio}, {}) == outcome(options, {"ratio": ratio})
+    with pytest.raises(ValueError, match="at least 1"):
+        wrap(llama, method, ratio=0.5, **options)
 
 
 def test_methods_that_cannot_meet_a_ratio_say_what_they_can(llama):
