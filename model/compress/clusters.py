@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from model.compress.base import CompressorOutput, ContextCompressor, compressor
-from model.compress.caches import join, joined
+from model.compress.caches import joined
 from model.compress.cluster_layer import Clustered, ClusterLayer, ClustersConfig
 from model.compress.clustering import Code
 from model.compress.context import CompressedContext, LayerSlots, tight
@@ -150,13 +150,15 @@ class Clusters(ContextCompressor):
         _, kv, codes, aux = self.run(ids, mask, state, budget, keep_code=coded)
         start = mask.sum(1) * 0 if state is None else state.next_position
         source = mask.sum(1) + (0 if state is None else state.source_length)
-        extras = {} if state is None else dict(state.extras)
+        extras: dict[str, Tensor] = {}
         if coded:
+            extras = {} if state is None else dict(state.extras)
             first, piece = self.config.layer_idx[0] + 1, len(self._pieces(extras))
             none = mask[:, :0].clone()
             kv[first:] = [LayerSlots(x.keys[:, :, :0], x.values[:, :, :0], none) for x in kv[first:]]
             extras |= {f"{piece}.{i}.{k}": tight(v) for i, code in codes.items() for k, v in code.items()}
-        layers = join(self.decoder, state, kv)
+        held = None if state is None else super().lower(state) if coded else self.lower(state)
+        layers = tuple(kv) if held is None else joined(held, kv)
         return self._cached(layers, source, start + mask.sum(1), aux=aux, extras=extras)
 
     @staticmethod

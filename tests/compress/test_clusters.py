@@ -279,7 +279,10 @@ def test_codes_are_continued(llama):
     text = batch([5, 5], seed=2)[0]
     logits = c.decode(both, text)[0]
     soft = c.train().compress(ids[:, 12:], mask[:, 12:], state=c.compress(ids[:, :12], mask[:, :12]))
-    assert torch.allclose(logits, c.eval().decode(soft, text)[0], atol=1e-4)
+    mixed = c.compress(ids[:, 12:], mask[:, 12:], state=first)  # trained on behind a stored state
+    assert not mixed.extras
+    for other in (soft, mixed):
+        assert torch.allclose(logits, c.eval().decode(other, text)[0], atol=1e-4)
     made = c.generate(text, both, max_new_tokens=2, do_sample=False)
     assert torch.equal(made[:, 5], logits[:, -1].argmax(-1))
 
