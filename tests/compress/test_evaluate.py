@@ -61,7 +61,7 @@ def test_oracle_beats_random_slots(llama):
 
 def test_restore_and_answers(llama):
     b = rows(3)
-    b.context_mask[0, 12:] = False
+    b.context_mask[0, 12:] = b.source_mask[0, 12:] = False
     for wrong, want in ((0, 1.0), (5, 1 - 10 / 49)):  # 11 + 19 + 19 tokens have one before them
 
         def recites(context, ids, mask, wrong=wrong):
