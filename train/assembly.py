@@ -32,8 +32,7 @@ def assemble(stage: Stage, world: World) -> tuple[TrainState, grow.Growth | None
     """Model, weights, optimizer and counters, as of the newest checkpoint or of the source."""
     config = stage.config
     torch.manual_seed(config.run.seed)
-    saved = team.resume_from(stage.folder, world) if team.everywhere(stage.begun, world) else None
-    loaded = checkpoint.load(saved) if saved is not None else None
+    loaded = checkpoint.load(stage.saved) if stage.saved is not None else None
     lm = model.build(config, vocab=stage.data.vocab, rows=stage.data.tokenizer.rows)
     growth, origin, number = None, 0, 1
     width, decay = mup.scales(lm, config)

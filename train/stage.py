@@ -16,7 +16,7 @@ from dataset.views import View
 from model.config import load
 from model.hub import PACKAGES
 from model.schema import Config, ConfigError
-from train import checkpoint, rundir, settings
+from train import rundir, settings
 from train.batches import BatchPlan
 from train.errors import UserError
 from train.outer import team
@@ -49,7 +49,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Stage:
-    """One architecture's run, checked and not yet begun."""
+    """One architecture's run, checked and not yet begun.
+
+    begun: the folder holds the run already.     saved: the checkpoint to go on from, or None.
+    """
 
     config: Config
     data: Dataset
@@ -58,6 +61,7 @@ class Stage:
     folder: Path
     source: Source | None
     begun: bool
+    saved: Path | None = None
     decay_now: bool = False
 
 
@@ -79,15 +83,14 @@ def prepare(request: Request, arch: str, world: World) -> Stage:
                 f"{folder}: holds this run already ({where}); go on with it by --resume, or give another "
                 f"folder with --run"
             )
-    source = None
-    if not begun or checkpoint.newest(folder)[0] is None:
-        source = find_source(request, config, request.folder(config))
+    saved = team.resume_from(folder)
+    source = find_source(request, config, request.folder(config)) if saved is None else None
     if source is not None:
         data.require(identity=source.tokenizer)
     if request.decay_now:
         check_decay(config, request, source, begun)
     heldout = heldout_view(config, data)
-    return Stage(config, data, view, heldout, folder, source, begun, request.decay_now)
+    return Stage(config, data, view, heldout, folder, source, begun, saved, request.decay_now)
 
 
 def check_decay(config: Config, request: Request, source: Source | None, begun: bool) -> None:
