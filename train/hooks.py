@@ -78,6 +78,7 @@ class RunHooks:
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         state.meter.add(result)
+        self._ending(state)
         if self.tracer is not None:
             self.tracer.step()
         if state.nowcast is not None and state.nowcast.news is not None:
@@ -145,16 +146,19 @@ class RunHooks:
         if not state.schedule.stable(state.step) or state.step < state.model.fades_done_at:
             return
         flops = state.tokens * state.model.flops_per_token(self.config.run.context)
-        verdict = state.plateau.update(scores.groups, state.tokens, flops)
-        if verdict.reached and state.outer.boundary(state.step):
-            state.schedule.start_decay(state.step)
-            self.log.write(
-                "event", state.step, event="plateau", drop=verdict.drop, threshold=verdict.threshold
-            )
-            self.log.say(
-                f"step {state.step}: plateau (held-out loss falls by {verdict.drop:.5f} nats per evaluation, "
-                f"threshold {verdict.threshold:.5f}); the stage ends at step {state.schedule.total}"
-            )
+        state.outer.plateau(state, state.plateau.update(scores.groups, state.tokens, flops).reached)
+        self._ending(state)
+
+    def _ending(self, state: TrainState) -> None:
+        """Say that a plateau ends the stage, at the step where it does."""
+        if self.config.grow.when != "plateau" or state.schedule.started != state.step:
+            return
+        _, drop, threshold, _ = state.plateau.verdict
+        self.log.write("event", state.step, event="plateau", drop=drop, threshold=threshold)
+        self.log.say(
+            f"step {state.step}: plateau (held-out loss falls by {drop:.5f} nats per evaluation, threshold "
+            f"{threshold:.5f}); the stage ends at step {state.schedule.total}"
+        )
 
     def save(self, state: TrainState) -> None:
         run = self.config.run

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from model.sections import ScheduleConfig
 from tests.outer.conftest import (
     Net,
     adamw,
@@ -21,6 +24,7 @@ from tests.outer.conftest import (
 from train.errors import UserError
 from train.outer.codec import CODECS
 from train.outer.exchange import Alone, Channel, Meeting, Traffic
+from train.schedule import Schedule
 
 
 def bits(net: Net) -> list[bytes]:
@@ -196,6 +200,28 @@ def test_a_worker_that_wants_to_stop_stops_all_at_the_same_step() -> None:
 
         steps = together(3, work)
         assert len(set(steps)) == 1 and 7 < steps[0] <= 15
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.2])
+@pytest.mark.parametrize("kind", ["diloco", "streaming"])
+def test_the_plateau_of_worker_0_ends_the_stage_of_all(kind: str, decay: float) -> None:
+    """Worker 0 finds it at step 6, worker 1 before, worker 2 never; all end at one step with equal bits."""
+
+    def work(comm) -> tuple[Net, int, int]:
+        net = Net()
+        outer, opt = make_outer(net, comm, kind=kind, overlap=2), adamw(net)
+        state = SimpleNamespace(step=0, schedule=Schedule(ScheduleConfig(warmup=0, decay=decay), 99))
+        while not outer.finished(state):
+            inner_step(net, opt, comm.rank, state.step)
+            state.step += 1
+            outer.maybe_sync(state)
+            outer.plateau(state, state.step >= (6, 2, 1000)[comm.rank])
+        assert not getattr(outer, "_pending", {})
+        return net, state.step, state.schedule.decay_at
+
+    (net, end, began), *others = together(3, work)
+    assert 6 < began <= 13 and end == (began if not decay else round(began / (1 - decay)))
+    assert all(o[1:] == (end, began) and bits(o[0]) == bits(net) for o in others)
 
 
 def test_a_meeting_that_breaks_up_raises() -> None:

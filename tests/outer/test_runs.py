@@ -47,6 +47,27 @@ def test_resumed_twice_in_the_middle_of_rounds(request_of, kind: str) -> None:
     assert not equal(whole.tensors(), plain.tensors())  # the outer loop did something
 
 
+@pytest.mark.parametrize("schedule", ["{warmup: 2, decay: 0.2}", "{kind: constant, warmup: 2}"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plateau_ends_a_stage_at_an_exchange_and_survives_a_resume(request_of, kind, schedule) -> None:
+    """Any fall below half the loss is flat here: found at step 18, heard of in a later exchange."""
+    sets = (KINDS[kind], f"schedule={schedule}", "run.steps=100", "run.eval_every=3", "optim.lr=1e-3")
+    sets += ("grow={when: plateau, delta: 0.5, tokens_per_param: 0.02}", "run.save_every=0")
+    whole = Fit(request_of("whole", *sets))
+    (event,) = (r for r in whole.records if r.get("event") == "plateau")
+    end = whole.state.step
+    assert event["step"] > 21 and whole.finished and end == whole.state.schedule.total < 40
+    assert end > event["step"] if "decay" in schedule else end == event["step"]
+    for r in whole.state.outer.replicas:  # the stage ended with an exchange, and nothing is under way
+        assert np.array_equal(r.fragment.get(), r.outer)
+    assert not getattr(whole.state.outer, "_pending", {})
+    for stop, resume in ((21, False), (event["step"], True)):
+        Fit(request_of("parts", *sets, resume=resume), stop_after=stop)
+    parts = Fit(request_of("parts", *sets, resume=True))
+    assert equal(whole.tensors(), parts.tensors()) and whole.losses() == parts.losses()
+    assert len([r for r in parts.records if r.get("event") == "plateau"]) == 1
+
+
 @pytest.mark.slow
 def test_two_ranks_are_two_workers_that_end_equal_and_grow(place: Path, data: Path) -> None:
     """torchrun with 2 ranks: two runs, equal parameters at the end of each stage, grown from the same."""

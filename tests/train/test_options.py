@@ -284,6 +284,11 @@ BAD = {
         "schedule.kind=constant",
     ),
     "nowcast under an outer loop": ("outer.kind=diloco", "choose one of the two", "nowcast.every=2"),
+    "plateau under async": (
+        "grow.when=plateau",
+        "no common step",
+        "outer={kind: async, server: 'localhost:9'}",
+    ),
     "release in pieces": ("optim={name: adalomo, release: true, clip: 0.0}", "run.micro"),
     "release with clipping": ("optim={name: adalomo, release: true}", "clip: 0"),
     "selection without a reference": ("select.rho={keep: 0.5}", "ref"),
