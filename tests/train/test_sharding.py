@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import dataset
 import model
@@ -16,6 +20,8 @@ from train import checkpoint
 from train.heldout import evaluate
 from train.metrics import read
 from train.pretrain import main
+from train.sharding import groups
+from train.sites import site_stats
 from train.stage import heldout_view
 from train.world import ALONE
 
@@ -147,6 +153,22 @@ def test_the_order_of_summation_moves_moments_as_far(here) -> None:
     parameters, moments = far(trained(torch.float32, False), trained(torch.float32, True))
     assert parameters < 1e-5 and 1e-6 < moments < 1e-4
     assert max(far(trained(torch.float64, False), trained(torch.float64, True))) < 1e-12
+
+
+def test_statistics_leave_a_sharded_model_as_it_was(here, data, tmp_path) -> None:
+    """FSDP2 keeps gathered weights after a forward pass; what then reads the shards would not be seen."""
+    config = load("samba.yaml", ["run.parallel=fsdp2"])
+    rows = heldout_view(config, dataset.open(data))
+    assert rows is not None
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        lm = model.build(config, vocab=260)
+        for modules in (*groups(lm), lm):
+            fully_shard(modules, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=False)
+        found = site_stats(lm, rows, config, ALONE)
+        assert found["activations"] and all(isinstance(p, DTensor) for p in lm.parameters())
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow
