@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.sections import ScheduleConfig
+from model.sections import OuterConfig, ScheduleConfig
 from tests.outer.conftest import (
     Net,
     adamw,
@@ -23,8 +23,12 @@ from tests.outer.conftest import (
 )
 from train.errors import UserError
 from train.outer.codec import CODECS
+from train.outer.diloco import DiLoCo
 from train.outer.exchange import Alone, Channel, Meeting, Traffic
+from train.outer.lockstep import parts_of
+from train.outer.streaming import Streaming
 from train.schedule import Schedule
+from train.world import World
 
 
 def bits(net: Net) -> list[bytes]:
@@ -200,6 +204,26 @@ def test_a_worker_that_wants_to_stop_stops_all_at_the_same_step() -> None:
 
         steps = together(3, work)
         assert len(set(steps)) == 1 and 7 < steps[0] <= 15
+
+
+@pytest.mark.parametrize("kind", [DiLoCo, Streaming])
+def test_ranks_with_whole_models_save_one_state_for_any_number_of_ranks(kind) -> None:
+    """Under DDP every rank of a worker has the same outer state; of a cut model each has a part."""
+
+    def outer(world: World):
+        net = Net()
+        config = OuterConfig("diloco" if kind is DiLoCo else "streaming", every=4)
+        return kind(config, parts_of(net, config), Alone(), {}, world)
+
+    two = outer(World(rank=1, size=2))
+    for r in two.replicas:
+        r.step(r.outer + 1)
+    saved = two.state_dict()
+    one = outer(World())
+    one.load_state_dict(saved)
+    assert one.fingerprint() == two.fingerprint() and repr(one.state_dict()) == repr(saved)
+    with pytest.raises(UserError, match=r"in 2 part\(s\), this worker's in 1: .* resumes on as many ranks"):
+        one.load_state_dict({**saved, "ranks": saved["ranks"] * 2})
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.2])

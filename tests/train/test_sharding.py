@@ -190,17 +190,18 @@ def test_ranks_in_double_precision_differ_by_rounding_alone(here, data) -> None:
         ("run.parallel=fsdp2", "run.reshard=true"),
         ("run.parallel=hybrid", "run.shard=1"),
         ("run.parallel=ddp",),
+        ("run.parallel=ddp", "outer={kind: streaming, workers: 1, every: 4, fragments: 2, overlap: 1}"),
     ],
-    ids=["fsdp2", "hybrid", "ddp"],
+    ids=["fsdp2", "hybrid", "ddp", "streaming"],
 )
 def test_ranks_may_change_at_every_resume(here, data, how) -> None:
     """parallel: 2 -> 1 -> 2 ranks see the same tokens and end with the same parameters as a straight run."""
-    archs = ("onion", "samba")
-    assert main(words(data, "one", archs=archs)) == 0
+    archs, outer = ("onion", "samba"), how[1:] if "streaming" in how[-1] else ()
+    assert main(words(data, "one", *outer, archs=archs)) == 0
     two = words(data, "two", *how, archs=archs)
     assert command(*two, cwd=here, ranks=2).returncode == 0
     back(here / "two", 2)
-    assert main([*words(data, "two", archs=archs), "--resume"]) == 0
+    assert main([*words(data, "two", *outer, archs=archs), "--resume"]) == 0
     back(here / "two", 4)
     assert command(*two, "--resume", cwd=here, ranks=2).returncode == 0
     for name in archs:

@@ -25,6 +25,7 @@ from train.outer.exchange import Channel, Comm, Traffic
 from train.outer.layout import Fragment
 from train.outer.none import NoOuter, Place
 from train.outer.rules import PLAIN, Step
+from train.sharding import any_sharded
 from train.world import World
 
 CARD = 512  # bytes of a roll-call card
@@ -101,6 +102,7 @@ class Lockstep(NoOuter):
         self.identity = {**identity, "tensors": layout.signature(list(parts))}
         self.traffic = Traffic()
         self.replicas = [Replica(f, comm, config, self.traffic) for f in parts]
+        self.cut = any_sharded(t for f in parts for t in f.tensors)
         self.stop = False  # this worker wants to stop; all do at the next roll call that says so
         self.stopped = False
         self.flat = False  # this worker's plateau rule says that the stage is over
@@ -167,15 +169,22 @@ class Lockstep(NoOuter):
         return {"sent": t.sent, "received": t.received, "rounds": t.rounds, "dropped": dropped}
 
     def state_dict(self) -> dict[str, Any]:
-        """Called on every rank of a worker: each has what belongs to its part of the tensors."""
-        return {"kind": self.config.kind, "ranks": self.world.gather(self._own_state())}
+        """Called on every rank of a worker. Of a model that is cut each rank has what belongs to its part;
+        otherwise all have the same, and any number of ranks may go on from it."""
+        own = self._own_state()
+        return {"kind": self.config.kind, "ranks": self.world.gather(own) if self.cut else [own]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("kind") != self.config.kind:
             raise ValueError(f"outer state of {state.get('kind')!r}, not of {self.config.kind!r}")
-        if len(state["ranks"]) != self.world.size:
-            raise ValueError(f"outer state of {len(state['ranks'])} ranks a worker, not {self.world.size}")
-        self._load_own(state["ranks"][self.world.rank])
+        parts, want = state["ranks"], self.world.size if self.cut else 1
+        if len(parts) != want:
+            raise UserError(
+                f"outer.kind: {self.config.kind}: the checkpoint's outer state is in {len(parts)} part(s), "
+                f"this worker's in {want}: under an outer loop a model that is cut (run.parallel) resumes on "
+                f"as many ranks, cut alike"
+            )
+        self._load_own(parts[self.world.rank if self.cut else 0])
 
     def _own_state(self) -> dict[str, Any]:
         replicas = [r.state_dict() for r in self.replicas]
