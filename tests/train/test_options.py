@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from model.config import dumps
 from model.schema import ConfigError
 from model.sections import BatchWarmup, RunConfig
 from tests.train.conftest import Fit, equal
@@ -178,6 +179,38 @@ def test_a_step_that_is_not_finite_is_kept_and_replayed(request_of, monkeypatch,
     assert main(["--replay", str(folder)]) == 0 and "bank.b1_mlp" in capsys.readouterr().out
     assert main(["--replay", str(folder / "nothing")]) == 2
     assert "no step kept for replay" in capsys.readouterr().err
+
+
+def test_a_kept_step_is_written_by_rank_0_for_all(request_of, place) -> None:
+    """Another machine's rank has no run folder, and asks its own disk for nothing."""
+    from rich.console import Console
+
+    from train.feed import Feed
+    from train.meter import StepResult
+    from train.replay import keep, replay
+    from train.world import World
+
+    class First(World):
+        def on_main(self, action):
+            said.append(action())
+            return said[-1]
+
+        def gather(self, value):
+            return [value, value]
+
+    class Second(First):
+        def on_main(self, action):
+            return said.pop(0)
+
+    done, said = Fit(request_of("run")), []
+    feed = Feed(done.stage.view, done.config.run, World())
+    micros = feed.micros(11)
+    feed.close()
+    rest = (micros, StepResult(math.nan, {}, 0.0, 0.0, 0.0, NOT_FINITE, 0), dumps(done.config))
+    folder = keep(done.stage.folder, done.state, *rest, First(0, 2))
+    keep(place / "elsewhere", done.state, *rest, Second(1, 2))
+    assert not said and not (place / "elsewhere").exists()
+    assert [replay(folder, [], Console(), rank)["step"] for rank in (0, 1)] == [11, 11]
 
 
 # ----------------------------------------------------------------------------- what is looked at
