@@ -84,7 +84,7 @@ def prepare(request: Request, arch: str, world: World) -> Stage:
                 f"folder with --run"
             )
     saved = team.resume_from(folder)
-    source = find_source(request, config, request.folder(config)) if saved is None else None
+    source = find_source(request, config, world) if saved is None else None
     if source is not None:
         data.require(identity=source.tokenizer)
     if request.decay_now:
@@ -156,11 +156,15 @@ def heldout_view(config: Config, data: Dataset) -> View | None:
         return None
 
 
-def find_source(request: Request, config: Config, folder: Path) -> Source | None:
-    """The weights to start from: --init-from, else `grow.from`, else none."""
+def find_source(request: Request, config: Config, world: World) -> Source | None:
+    """The weights to start from: --init-from, else `grow.from`, else none.
+
+    All workers start from the same; only what `--decay-now` takes over is each worker's own.
+    """
     if request.init_from is not None:
-        return rundir.source_of(request.init_from)
-    name = config.grow.from_
+        where = team.counterpart(request.init_from, world) if request.decay_now else request.init_from
+        return rundir.source_of(where)
+    name, folder = config.grow.from_, request.folder(config)
     if name is None:
         return None
     if Path(name).is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from model.config import dumps
 from model.schema import ConfigError
 from model.sections import BatchWarmup, RunConfig
 from tests.train.conftest import Fit, equal
-from train import checkpoint
+from train import checkpoint, rundir
 from train.batches import BatchPlan
 from train.errors import UserError
 from train.guard import NOT_FINITE, Guard
@@ -293,6 +294,35 @@ def test_decay_starts_from_any_checkpoint(request_of) -> None:
     )
     rest = Fit(request_of("again", *sets, resume=True))
     assert equal(branch.tensors(), rest.tensors())
+
+
+def test_a_branch_of_a_grown_run_keeps_its_rates(request_of) -> None:
+    """Loaded heads learn at half the rate (grow.head_lr) in the branch as in the run."""
+    from train.rundir import set_status
+
+    set_status(Fit(request_of("small1", arch="small1")).stage.folder, "complete", step=8)
+    Fit(request_of("trunk", arch="small2"), stop_after=4)
+    trunk = request_of("trunk").run
+    branch = Fit(request_of("branch", arch="small2", init_from=trunk, decay_now=True))
+    here = Fit(request_of("trunk", arch="small2", resume=True, decay_now=True))
+    assert equal(branch.tensors(), here.tensors())
+    a, b = (rundir.about_of(f.stage.folder)["origin"] for f in (branch, here))
+    assert a["lr_scales"] == b["lr_scales"] != {} and a["stage"] == b["stage"] == 2
+
+
+@pytest.mark.parametrize("source", ["trunk", "trunk/checkpoints/step_00000004"])
+def test_every_worker_takes_over_its_own(request_of, place, source) -> None:
+    from train.stage import prepare
+    from train.world import World
+
+    outer = "outer={kind: diloco, every: 4}"
+    trunk = Fit(request_of("trunk", outer), stop_after=4).stage.folder
+    shutil.copytree(trunk, place / "other")
+    shutil.copytree(place / "other", trunk / "workers" / "1")
+    request = request_of("branch", outer, init_from=place / source, decay_now=True)
+    for worker, folder in enumerate((trunk, trunk / "workers" / "1")):
+        stage = prepare(request, request.archs[0], World(worker=worker, workers=2))
+        assert stage.source.path == folder / "checkpoints" / "step_00000004"
 
 
 def test_decay_now_is_refused_where_it_means_nothing(request_of) -> None:

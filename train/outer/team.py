@@ -97,10 +97,21 @@ def resume_from(run: Path) -> Path | None:
     if not common and any(names for _, names in seen):
         lines = [f"  rank {i}: {folder}: {', '.join(n) or 'none'}\n" for i, (folder, n) in enumerate(seen)]
         raise UserError(
-            f"--resume: no checkpoint that every rank has:\n{''.join(lines)}put the missing folder back (the "
+            f"no checkpoint that every rank has:\n{''.join(lines)}put the missing folder back (the "
             f"ranks of one worker must all see theirs), or begin anew in another folder with --run"
         )
     return max((p for p in checkpoint.saved(run) if p.name in common), default=None)
+
+
+def counterpart(source: Path, world: World) -> Path:
+    """What this worker takes over when worker 0 takes over `source`, a run or a checkpoint of it.
+
+    Of a run it is the newest checkpoint that all have.
+    """
+    if checkpoint.NAME.fullmatch(source.name):
+        return folder(source.parent.parent, world) / source.parent.name / source.name
+    mine = folder(source, world)
+    return resume_from(mine) or mine
 
 
 def everywhere(flag: bool) -> bool:
