@@ -87,7 +87,7 @@ class RunHooks:
         if self.heldout is not None and due(state.step, self.config.run.stats_every):
             found = site_stats(state.model, self.heldout, self.config, self.world)
             self.log.write("sites", state.step, **found)
-        if state.step % self.config.run.log_every and state.step < state.schedule.total:
+        if state.step % self.config.run.log_every and not state.outer.finished(state):
             return
         means = state.meter.read()
         if self._flops is None:
@@ -99,7 +99,7 @@ class RunHooks:
             where["outer"] = traffic
         state.outer.tell(loss=means["loss"], tokens_per_s=means["tokens_per_s"])
         self.log.write("train", state.step, **where, **means)
-        self.log.progress(state.step, state.schedule.total, train_line(means, result.lr, state))
+        self.log.progress(state.at, state.schedule.total, train_line(means, result.lr, state))
 
     def refused(self, state: TrainState, micros: Sequence[Micro], result: StepResult) -> None:
         """Record a step that was not taken; the first of a row that is not finite is kept for replay."""
@@ -124,7 +124,7 @@ class RunHooks:
     def evaluate(self, state: TrainState) -> None:
         if self.heldout is None:
             return
-        state.model.advance(state.step, state.step / state.schedule.total)
+        state.model.advance(state.at, state.at / state.schedule.total)
         with optim.averaged(state.optimizer):
             scores = evaluate(state.model, self.heldout, self.config.run, self.world)
         fields: dict[str, Any] = {"tokens": state.tokens, "origin": state.origin, "loss": scores.loss}
@@ -135,7 +135,7 @@ class RunHooks:
             fields["ema"] = {"loss": mean.loss, "losses": mean.losses, "bpb": mean.bpb}
         self.log.write("eval", state.step, **fields)
         self.log.say(f"held-out  step {state.step}: {eval_line(scores)}")
-        if self.config.run.sample and self.tokenizer is not None and state.step < state.schedule.total:
+        if self.config.run.sample and self.tokenizer is not None and not state.outer.finished(state):
             new = self.config.run.sample
             sample(state, self.config, self.heldout, self.tokenizer, self.log, self.world, new)
         if self.config.grow.when == "plateau":
@@ -173,7 +173,7 @@ class RunHooks:
 def train_line(means: dict[str, Any], lr: float, state: TrainState) -> str:
     heads = "  ".join(f"{head} {value:.3f}" for head, value in means["losses"].items())
     mfu = f"  MFU {means['mfu']:.1%}" if means["mfu"] is not None else ""
-    left = state.schedule.total - state.step
+    left = state.schedule.total - state.at  # async: at the speed of one worker a shard
     per_step = state.tokens / max(1, state.step) / means["tokens_per_s"]
     return (
         f"loss {means['loss']:.4f}  {heads}  lr {lr:.2e}  |g| {means['grad_norm']:.2f}  "

@@ -46,7 +46,9 @@ def keep(
     root, step = run / FOLDER, state.step - 1
     if world.on_main(lambda: len(checkpoint.saved(root)) < MOST):
         checkpoint.save(root, step, state.model_tensors(), state.state_dict(), config, MOST, world)
-        meta = {"progress": str((state.step - 1) / state.schedule.total), "loss": str(result.loss)}
+        part, at = state.outer.place(step)
+        meta = {"at": str(at), "progress": str(at / state.schedule.total), "loss": str(result.loss)}
+        meta["first"] = str(part * world.size)  # the ranks of all workers are counted through
         batches = world.gather(_tensors(micros))
         world.on_main(lambda: _write(root / f"step_{step:08d}", batches, meta))
     return root
@@ -91,8 +93,8 @@ def replay(folder: Path, sets: list[str], console: Console, rank: int = 0) -> di
     config = load(path / checkpoint.CONFIG, sets)
     lm = model.load(path).train()
     micros, meta = _read(folder / f"{path.name}.{rank}.safetensors")
-    lm.advance(step, float(meta["progress"]))
-    seed_step(config.run.seed, step, rank)
+    lm.advance(int(meta["at"]), float(meta["progress"]))
+    seed_step(config.run.seed, int(meta["at"]), int(meta["first"]) + rank)
     sites: list[tuple[str, bool, float]] = []
     loss = run_step(lm, micros, config, sites)
     gradients = [n for n, p in lm.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]

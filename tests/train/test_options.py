@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -13,10 +12,12 @@ from model.config import dumps
 from model.schema import ConfigError
 from model.sections import BatchWarmup, RunConfig
 from tests.train.conftest import Fit, equal
-from train import checkpoint, rundir
+from train import checkpoint
 from train.batches import BatchPlan
 from train.errors import UserError
 from train.guard import NOT_FINITE, Guard
+from train.outer import team
+from train.outer.none import NoOuter, Place
 
 WARM = "run.batch_warmup={from: 1, steps: 6}"
 RESUMED = {
@@ -273,68 +274,37 @@ def test_profile_and_samples_by_command(place, data, monkeypatch, capsys) -> Non
     assert samples == [0, 4, 8, 12]
 
 
-# ----------------------------------------------------------------------------- decay from anywhere
+class TwoShards(NoOuter):
+    """As under async a worker alone with two shards: twice the steps, and each shard has its own count."""
+
+    def place(self, step: int) -> Place:
+        return Place(0, step // 2)
+
+    def finished(self, state) -> bool:
+        return state.step >= 2 * state.schedule.total
 
 
-def test_decay_starts_from_any_checkpoint(request_of) -> None:
-    """A branch with --init-from is, step for step, the run that decays there; so is --resume."""
-    sets = ("run.steps=24", "run.keep=9", "schedule={warmup: 2, decay: 6}")
-    Fit(request_of("trunk", *sets), stop_after=8)
-    trunk = request_of("trunk").run
-    branch = Fit(request_of("branch", *sets, init_from=trunk, decay_now=True))
-    rates = [(r["step"], r["lr"]) for r in branch.records if r["kind"] == "train"]
-    assert branch.finished and branch.state.step == 14  # 8 + 6
-    assert rates[-1][1] == pytest.approx(1e-2 / 7, rel=1e-6)
-    assert branch.state.tokens == 14 * 128
-    here = Fit(request_of("trunk", *sets, resume=True, decay_now=True))
-    assert equal(branch.tensors(), here.tensors())
-    Fit(
-        request_of("again", *sets, init_from=trunk / "checkpoints" / "step_00000008", decay_now=True),
-        stop_after=11,
+def test_what_follows_the_schedule_follows_the_shard_s_steps(request_of, monkeypatch, capsys) -> None:
+    """Selection, the progress that is evaluated at, log lines and the time left."""
+    from model.lm import LanguageModel
+    from train.objective import Objective
+
+    steps, progress = [], []
+    advance = LanguageModel.advance
+    monkeypatch.setattr(team, "make", lambda *args: TwoShards())
+    monkeypatch.setattr(Objective, "advance", lambda self, step, total: steps.append(step))
+    monkeypatch.setattr(
+        LanguageModel, "advance", lambda self, s, p=0.0: (progress.append((s, p)), advance(self, s, p))[1]
     )
-    rest = Fit(request_of("again", *sets, resume=True))
-    assert equal(branch.tensors(), rest.tensors())
+    done = Fit(request_of("run", "run.steps=6", "run.eval_every=5", "loss={kind: mile, gamma: 0.5}"))
+    assert done.state.step == 12 and steps == [i // 2 for i in range(12)]
+    evaluated = [progress[0], progress[6], progress[12], progress[-1]]  # at steps 0, 5, 10, 12
+    assert evaluated == [(0, 0.0), (2, 2 / 6), (5, 5 / 6), (6, 1.0)]
+    assert [r["step"] for r in done.records if r["kind"] == "train"] == [3, 6, 9, 12]
+    assert "ETA" in (said := capsys.readouterr().out) and "ETA -" not in said and "step 6/6" in said
 
 
-def test_a_branch_of_a_grown_run_keeps_its_rates(request_of) -> None:
-    """Loaded heads learn at half the rate (grow.head_lr) in the branch as in the run."""
-    from train.rundir import set_status
-
-    set_status(Fit(request_of("small1", arch="small1")).stage.folder, "complete", step=8)
-    Fit(request_of("trunk", arch="small2"), stop_after=4)
-    trunk = request_of("trunk").run
-    branch = Fit(request_of("branch", arch="small2", init_from=trunk, decay_now=True))
-    here = Fit(request_of("trunk", arch="small2", resume=True, decay_now=True))
-    assert equal(branch.tensors(), here.tensors())
-    a, b = (rundir.about_of(f.stage.folder)["origin"] for f in (branch, here))
-    assert a["lr_scales"] == b["lr_scales"] != {} and a["stage"] == b["stage"] == 2
-
-
-@pytest.mark.parametrize("source", ["trunk", "trunk/checkpoints/step_00000004"])
-def test_every_worker_takes_over_its_own(request_of, place, source) -> None:
-    from train.stage import prepare
-    from train.world import World
-
-    outer = "outer={kind: diloco, every: 4}"
-    trunk = Fit(request_of("trunk", outer), stop_after=4).stage.folder
-    shutil.copytree(trunk, place / "other")
-    shutil.copytree(place / "other", trunk / "workers" / "1")
-    request = request_of("branch", outer, init_from=place / source, decay_now=True)
-    for worker, folder in enumerate((trunk, trunk / "workers" / "1")):
-        stage = prepare(request, request.archs[0], World(worker=worker, workers=2))
-        assert stage.source.path == folder / "checkpoints" / "step_00000004"
-
-
-def test_decay_now_is_refused_where_it_means_nothing(request_of) -> None:
-    with pytest.raises(UserError, match="--resume or with --init-from"):
-        Fit(request_of("a", decay_now=True))
-    with pytest.raises(UserError, match="no decay"):
-        Fit(request_of("b", "schedule.kind=cosine", decay_now=True))
-    done = Fit(request_of("c"))
-    with pytest.raises(UserError, match="the decay began at step"):
-        Fit(request_of("d", init_from=done.stage.folder, decay_now=True))
-    with pytest.raises(UserError, match=r"run\.batch"):
-        Fit(request_of("e", "run.batch=2", init_from=done.stage.folder, decay_now=True))
+# ----------------------------------------------------------------------------- what is refused
 
 
 BAD = {
