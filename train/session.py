@@ -129,9 +129,8 @@ def announce(stage: Stage, state: TrainState, growth: grow.Growth | None, log: L
 def train(stage: Stage, state: TrainState, log: Log, world: World, signals: Signals, profile: int = 0) -> int:
     """Fit, with the folder's status kept true. Returns the exit code."""
     config = stage.config
-    peak = float(
-        world.sum(torch.tensor([peak_flops(world.device, config.run.precision)], device=world.device))
-    )
+    best = torch.tensor([peak_flops(world.device, config.run.precision)], device=world.device)
+    peak = float(world.sum(best)) * world.workers  # tokens, too, are those of all workers
     tracer = Tracer(stage.folder, profile, world.main)
     tokenizer = stage.data.tokenizer
     hooks = RunHooks(stage.folder, config, stage.heldout, log, world, signals, peak, tokenizer, tracer)

@@ -34,7 +34,8 @@ class TrainState:
     """model is the bare module; `forward` is what is called: the same, or its data-parallel wrapper.
 
     step:    optimizer steps of this worker; `at` is the place in the schedule.
-    tokens:  tokens seen by the whole run.     skipped: steps that the guard refused, and in a row.
+    tokens:  tokens seen by the whole run, all its workers (under async by this worker alone).
+    skipped: steps that the guard refused, and in a row.
     origin:  tokens that the weights had seen before this run (growth, --init-from).
     release: the hooks of gradient release, or None.     noise: of compressed activations, or None.
     """

@@ -274,6 +274,20 @@ def test_profile_and_samples_by_command(place, data, monkeypatch, capsys) -> Non
     assert samples == [0, 4, 8, 12]
 
 
+def test_tokens_are_those_of_all_workers(request_of) -> None:
+    """The plateau rule (tokens_per_param) and the next stage's origin count the whole run's."""
+    from train.feed import Feed
+    from train.loop import train_step
+    from train.world import World
+
+    done = Fit(request_of("run", "run.steps=2"))
+    feed = Feed(done.stage.view, done.config.run, World(), parts=2)
+    before = done.state.tokens
+    result = train_step(done.state, feed.micros(2), done.config, World(worker=1, workers=2))
+    feed.close()
+    assert result.tokens == done.state.tokens - before == 4 * 32  # run.batch * run.context
+
+
 class TwoShards(NoOuter):
     """As under async a worker alone with two shards: twice the steps, and each shard has its own count."""
 
