@@ -116,7 +116,8 @@ class RunHooks:
         assert self.heldout is not None  # settled
         if self._gate is None:
             run = self.config.run
-            self._gate = self.heldout.dataset.view(run.context, seed=1, split="heldout")
+            options: dict[str, Any] = {"packing": run.packing, "seed": 1, "split": "heldout"}
+            self._gate = self.heldout.dataset.view(run.context, **options)
         return evaluate(
             state.model, self._gate, replace(self.config.run, eval_tokens=tokens), self.world
         ).loss
