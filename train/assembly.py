@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import model
@@ -11,6 +13,7 @@ from model.config import arch_digest
 from model.lm import LanguageModel
 from model.schema import Config
 from train import activations, checkpoint, optim, rundir
+from train.checkpoint import Checkpoint
 from train.ema import Ema
 from train.errors import UserError
 from train.guard import Guard
@@ -32,15 +35,13 @@ def assemble(stage: Stage, world: World) -> tuple[TrainState, grow.Growth | None
     """Model, weights, optimizer and counters, as of the newest checkpoint or of the source."""
     config = stage.config
     torch.manual_seed(config.run.seed)
-    saved = team.resume_from(stage.folder, world) if team.everywhere(stage.begun, world) else None
-    loaded = checkpoint.load(saved) if saved is not None else None
+    loaded, about = taken_over(stage)
     lm = model.build(config, vocab=stage.data.vocab, rows=stage.data.tokenizer.rows)
     growth, origin, number = None, 0, 1
     width, decay = mup.scales(lm, config)
     rates = dict(width)
     if loaded is not None:
-        about = rundir.about_of(stage.folder)["origin"]
-        rates, number = about.get("lr_scales", {}), about.get("stage", 1)
+        rates, number = about.get("lr_scales", rates), about.get("stage", 1)
     elif stage.source is not None:
         growth = take_weights(lm, stage.source)
         rates |= {n: f * width.get(n, 1.0) for n, f in head_scales(config, growth).items()}
@@ -80,14 +81,18 @@ def assemble(stage: Stage, world: World) -> tuple[TrainState, grow.Growth | None
     return state, growth
 
 
-def decay_now(stage: Stage, state: TrainState) -> None:
-    """`--decay-now`: the decay begins where the run stands, or where the source's checkpoint stands.
+def taken_over(stage: Stage) -> tuple[Checkpoint | None, dict[str, Any]]:
+    """The checkpoint of which everything is taken over (weights, moments, rates, the place in the data) and
+    its run's origin: the folder's own or, with `--decay-now`, the source's. None: there is none."""
+    if stage.saved is not None:
+        return checkpoint.load(stage.saved), rundir.about_of(stage.folder)["origin"]
+    if stage.decay_now and stage.source is not None:
+        return checkpoint.load(stage.source.path), stage.source.about.get("origin", {})
+    return None, {}
 
-    Of a source everything is taken over: weights, moments and the place in the data. Raises UserError.
-    """
-    if stage.source is not None:
-        loaded = checkpoint.load(stage.source.path)
-        state.load(loaded)
+
+def decay_now(stage: Stage, state: TrainState) -> None:
+    """`--decay-now`: the decay begins where the checkpoint stands that was taken over. Raises UserError."""
     fresh, where = Schedule(stage.config.schedule, stage.config.run.steps or 1), state.step
     if where >= state.schedule.decay_at or where >= fresh.total:
         raise UserError(

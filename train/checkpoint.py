@@ -7,6 +7,7 @@
         train.json          the rest of the training state, with places for those tensors
         manifest.json       step, and size and blake3 of each file; written last
     RUN/checkpoints/latest  name of the newest one, for people and scripts
+    RUN/checkpoints/step_00000200.aside0   a damaged one, or one that a resume went back behind: never read
 
 A save writes `step_N.tmp`, forces it to the disk and renames it, so a folder with the final name is whole;
 an existing folder is never written to. A load checks every hash and falls back to the one before.
@@ -108,7 +109,7 @@ def _make_room(run: Path, final: Path, tmp: Path, need: int) -> bool:
         with contextlib.suppress(CheckpointError):
             verify(final)
             return True
-        _set_aside(final)
+        _rename(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     tidy(run)
     if shutil.disk_usage(final.parent).free < need:
@@ -211,6 +212,15 @@ def tidy(run: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def set_aside(run: Path, beyond: Path | None) -> None:
+    """Rename the checkpoints after `beyond` (None: all): a run that goes back saves its own there."""
+    for path in saved(run):
+        if beyond is None or path.name > beyond.name:
+            _rename(path)
+    if beyond is not None:
+        write_bytes(folder_of(run) / "latest", beyond.name.encode())
+
+
 def _remove(path: Path) -> None:
     """Delete a checkpoint so that a half-deleted one never carries the name of a whole one."""
     gone = path.with_suffix(".gone")
@@ -218,9 +228,9 @@ def _remove(path: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def _set_aside(path: Path) -> None:
+def _rename(path: Path) -> None:
     n = 0
-    while (aside := path.with_suffix(f".damaged{n}")).exists():
+    while (aside := path.with_suffix(f".aside{n}")).exists():
         n += 1
     os.rename(path, aside)
 

@@ -10,6 +10,7 @@ from train.feed import Feed
 from train.hooks import duration
 from train.loop import train_step
 from train.metrics import Log, memory_mb, peak_flops
+from train.outer import team
 from train.stage import Stage
 from train.world import World
 
@@ -23,12 +24,13 @@ def dry_run(stage: Stage, world: World) -> int:
     state, growth = assemble(stage, world)
     for line in growth.lines() if growth else ():
         log.say(f"  {line}")
-    feed = Feed(stage.view, config.run, world)
+    parts = team.parts(config, world)
+    feed = Feed(stage.view, config.run, world, parts=parts)
     times = []
     try:
         for step in range(STEPS):
             began = time.perf_counter()
-            train_step(state, feed.micros(step), config, world)
+            train_step(state, feed.micros(step, state.outer.place(step).part), config, world)
             times.append(time.perf_counter() - began)
     finally:
         feed.close()
@@ -38,17 +40,17 @@ def dry_run(stage: Stage, world: World) -> int:
     kept = (4 * parameters + 12 * trained) / 1e6  # fp32 weights; gradients and two moments of the trained
     per_step = min(times[1:])  # the first step pays for allocation and compilation
     tokens = config.run.batch * config.run.context
-    utilisation = state.model.flops_per_token(config.run.context) * tokens / per_step
-    peak = peak_flops(world.device, config.run.precision) * world.size
+    speed = tokens // parts * world.workers / per_step  # of all workers; under async this one alone
+    utilisation = state.model.flops_per_token(config.run.context) * speed
+    peak = peak_flops(world.device, config.run.precision) * world.size * world.workers
     steps = state.schedule.total
+    seconds = steps * tokens / speed
     log.say(f"{config.name}: {parameters:,} parameters, {trained:,} trained")
     log.say(
         f"memory     {memory_mb(world.device):,.0f} MB at most on a rank, {before:,.0f} MB of it before the"
     )
     log.say(f"           model; weights, gradients and moments take {kept:,.0f} MB")
     log.say(f"micro      {feed.rows} rows of {config.run.context} tokens a rank")
-    log.say(
-        f"speed      {tokens / per_step:,.0f} tokens/s, {per_step:.3f} s a step, MFU {utilisation / peak:.1%}"
-    )
-    log.say(f"run        {steps:,} steps, {steps * tokens:,} tokens, about {duration(steps * per_step)}")
+    log.say(f"speed      {speed:,.0f} tokens/s, {per_step:.3f} s a step, MFU {utilisation / peak:.1%}")
+    log.say(f"run        {steps:,} steps, {steps * tokens:,} tokens, about {duration(seconds)}")
     return 0

@@ -78,6 +78,7 @@ class RunHooks:
 
     def after_step(self, state: TrainState, result: StepResult) -> None:
         state.meter.add(result)
+        self._ending(state)
         if self.tracer is not None:
             self.tracer.step()
         if state.nowcast is not None and state.nowcast.news is not None:
@@ -86,7 +87,7 @@ class RunHooks:
         if self.heldout is not None and due(state.step, self.config.run.stats_every):
             found = site_stats(state.model, self.heldout, self.config, self.world)
             self.log.write("sites", state.step, **found)
-        if state.step % self.config.run.log_every and state.step < state.schedule.total:
+        if state.step % self.config.run.log_every and not state.outer.finished(state):
             return
         means = state.meter.read()
         if self._flops is None:
@@ -98,7 +99,7 @@ class RunHooks:
             where["outer"] = traffic
         state.outer.tell(loss=means["loss"], tokens_per_s=means["tokens_per_s"])
         self.log.write("train", state.step, **where, **means)
-        self.log.progress(state.step, state.schedule.total, train_line(means, result.lr, state))
+        self.log.progress(state.at, state.schedule.total, train_line(means, result.lr, state))
 
     def refused(self, state: TrainState, micros: Sequence[Micro], result: StepResult) -> None:
         """Record a step that was not taken; the first of a row that is not finite is kept for replay."""
@@ -115,7 +116,8 @@ class RunHooks:
         assert self.heldout is not None  # settled
         if self._gate is None:
             run = self.config.run
-            self._gate = self.heldout.dataset.view(run.context, seed=1, split="heldout")
+            options: dict[str, Any] = {"packing": run.packing, "seed": 1, "split": "heldout"}
+            self._gate = self.heldout.dataset.view(run.context, **options)
         return evaluate(
             state.model, self._gate, replace(self.config.run, eval_tokens=tokens), self.world
         ).loss
@@ -123,7 +125,7 @@ class RunHooks:
     def evaluate(self, state: TrainState) -> None:
         if self.heldout is None:
             return
-        state.model.advance(state.step, state.step / state.schedule.total)
+        state.model.advance(state.at, state.at / state.schedule.total)
         with optim.averaged(state.optimizer):
             scores = evaluate(state.model, self.heldout, self.config.run, self.world)
         fields: dict[str, Any] = {"tokens": state.tokens, "origin": state.origin, "loss": scores.loss}
@@ -134,7 +136,7 @@ class RunHooks:
             fields["ema"] = {"loss": mean.loss, "losses": mean.losses, "bpb": mean.bpb}
         self.log.write("eval", state.step, **fields)
         self.log.say(f"held-out  step {state.step}: {eval_line(scores)}")
-        if self.config.run.sample and self.tokenizer is not None and state.step < state.schedule.total:
+        if self.config.run.sample and self.tokenizer is not None and not state.outer.finished(state):
             new = self.config.run.sample
             sample(state, self.config, self.heldout, self.tokenizer, self.log, self.world, new)
         if self.config.grow.when == "plateau":
@@ -145,16 +147,19 @@ class RunHooks:
         if not state.schedule.stable(state.step) or state.step < state.model.fades_done_at:
             return
         flops = state.tokens * state.model.flops_per_token(self.config.run.context)
-        verdict = state.plateau.update(scores.groups, state.tokens, flops)
-        if verdict.reached and state.outer.boundary(state.step):
-            state.schedule.start_decay(state.step)
-            self.log.write(
-                "event", state.step, event="plateau", drop=verdict.drop, threshold=verdict.threshold
-            )
-            self.log.say(
-                f"step {state.step}: plateau (held-out loss falls by {verdict.drop:.5f} nats per evaluation, "
-                f"threshold {verdict.threshold:.5f}); the stage ends at step {state.schedule.total}"
-            )
+        state.outer.plateau(state, state.plateau.update(scores.groups, state.tokens, flops).reached)
+        self._ending(state)
+
+    def _ending(self, state: TrainState) -> None:
+        """Say that a plateau ends the stage, at the step where it does."""
+        if self.config.grow.when != "plateau" or state.schedule.started != state.step:
+            return
+        _, drop, threshold, _ = state.plateau.verdict
+        self.log.write("event", state.step, event="plateau", drop=drop, threshold=threshold)
+        self.log.say(
+            f"step {state.step}: plateau (held-out loss falls by {drop:.5f} nats per evaluation, threshold "
+            f"{threshold:.5f}); the stage ends at step {state.schedule.total}"
+        )
 
     def save(self, state: TrainState) -> None:
         run = self.config.run
@@ -169,7 +174,7 @@ class RunHooks:
 def train_line(means: dict[str, Any], lr: float, state: TrainState) -> str:
     heads = "  ".join(f"{head} {value:.3f}" for head, value in means["losses"].items())
     mfu = f"  MFU {means['mfu']:.1%}" if means["mfu"] is not None else ""
-    left = state.schedule.total - state.step
+    left = state.schedule.total - state.at  # async: at the speed of one worker a shard
     per_step = state.tokens / max(1, state.step) / means["tokens_per_s"]
     return (
         f"loss {means['loss']:.4f}  {heads}  lr {lr:.2e}  |g| {means['grad_norm']:.2f}  "

@@ -96,7 +96,7 @@ def train_step(state: TrainState, micros: Sequence[Micro], config: Config, world
     refused = state.guard.refuses(loss, grad_norm)
     step_or_skip(state, lr, refused, config)
     upkeep(lm, world.ranks)
-    tokens = sequences * config.run.context
+    tokens = sequences * world.workers * config.run.context  # the other workers take as many
     state.step += 1
     state.tokens += tokens
     by_head = dict(zip(norms, zip(nats, norms.values())))

@@ -11,7 +11,8 @@ A record is one line of `metrics.jsonl`:
     {"kind": "sites", "activations": {site: {"rms", "max"}}, "stats": {...}}
     {"kind": "sample", "step", "tokens", "prompt", "text"}
 
-Every record has its "time". tokens: of this run; origin: those of the runs that its weights come from.
+Every record has its "time". tokens, tokens_per_s: of this run, all its workers together (under async of this
+worker alone); origin: tokens of the runs that its weights come from.
 
 wandb runs in a process of its own that follows the file (`train.mirror`), so it can neither hold up the
 training nor bring it down.

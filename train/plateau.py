@@ -13,6 +13,8 @@ to be told from nothing. The stage is over when `patience` checks in a row hold 
 From the third stage on a stage must also have spent the speed that its new parts brought: the fall of the
 loss per FLOP, over the window, must be below `slope` times what it was over the stage's first full window,
 just after the last insertion.
+
+Under diloco and streaming every worker scores its own model; worker 0's verdict counts (`outer.lockstep`).
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class Plateau:
     stage:   1 for a model trained from scratch, one more for each growth.
     history: losses in nats of the last evaluations, by group of rows; flops: spent until each.
     first:   nats per FLOP over the stage's first window, once it is known.
+    verdict: on the last evaluation.
     """
 
     delta: float = 0.002
@@ -56,6 +59,7 @@ class Plateau:
     flops: list[float] = field(default_factory=list)
     first: float | None = None
     hits: int = 0
+    verdict: Verdict = Verdict(False)
 
     @staticmethod
     def of(config: GrowConfig, trainable: int, stage: int = 1) -> Plateau:
@@ -67,6 +71,10 @@ class Plateau:
 
         Without FLOPs, evaluations are taken to be equally far apart.
         """
+        self.verdict = self._judge(losses, tokens, flops)
+        return self.verdict
+
+    def _judge(self, losses: Sequence[float], tokens: int, flops: float | None) -> Verdict:
         if self.history and len(losses) != len(self.history[-1]):
             raise ValueError(
                 f"the held-out rows changed: {len(losses)} groups, {len(self.history[-1])} before"
@@ -89,9 +97,11 @@ class Plateau:
         return Verdict(self.hits >= self.patience and tokens >= self.min_tokens, drop, threshold, share)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "hits": self.hits, "flops": self.flops, "first": self.first}
+        memory = {"history": self.history, "hits": self.hits, "flops": self.flops, "first": self.first}
+        return {**memory, "verdict": list(self.verdict)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self.hits = [list(row) for row in state["history"]], int(state["hits"])
         self.flops = list(state.get("flops", range(len(self.history))))
         self.first = state.get("first")
+        self.verdict = Verdict(*state.get("verdict", (False,)))

@@ -39,23 +39,35 @@ MOST = 3  # steps kept a run: each is as large as a checkpoint
 def keep(
     run: Path, state: TrainState, micros: Sequence[Micro], result: StepResult, config: str, world: World
 ) -> Path:
-    """Keep the step just refused, whose weights were not touched. Called on every rank; gives the folder."""
+    """Keep the step just refused, whose weights were not touched. Called on every rank; gives the folder.
+
+    Rank 0 writes the batches of all: the others need not see the folder.
+    """
     root, step = run / FOLDER, state.step - 1
-    if len(checkpoint.saved(root)) < MOST:
+    if world.on_main(lambda: len(checkpoint.saved(root)) < MOST):
         checkpoint.save(root, step, state.model_tensors(), state.state_dict(), config, MOST, world)
-        tensors: dict[str, Tensor] = {}
-        for i, micro in enumerate(micros):
-            parts = {"tokens": micro.tokens, "weights": micro.weights, "reference": micro.reference}
-            parts |= {"segments": micro.docs.segments, "positions": micro.docs.positions}
-            tensors |= {
-                f"{i}/{k}": v.detach().cpu().contiguous().clone() for k, v in parts.items() if v is not None
-            }
-        total = {"progress": str((state.step - 1) / state.schedule.total), "loss": str(result.loss)}
-        file = root / f"step_{step:08d}.{world.rank}.safetensors"
-        partial = file.with_suffix(".partial")
-        save_file(tensors, partial, metadata=total)
-        partial.replace(file)
+        part, at = state.outer.place(step)
+        meta = {"at": str(at), "progress": str(at / state.schedule.total), "loss": str(result.loss)}
+        meta["first"] = str(part * world.size)  # the ranks of all workers are counted through
+        batches = world.gather(_tensors(micros))
+        world.on_main(lambda: _write(root / f"step_{step:08d}", batches, meta))
     return root
+
+
+def _tensors(micros: Sequence[Micro]) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for i, micro in enumerate(micros):
+        parts = {"tokens": micro.tokens, "weights": micro.weights, "reference": micro.reference}
+        parts |= {"segments": micro.docs.segments, "positions": micro.docs.positions}
+        out |= {f"{i}/{k}": v.detach().cpu().contiguous().clone() for k, v in parts.items() if v is not None}
+    return out
+
+
+def _write(stem: Path, batches: Sequence[dict[str, Tensor]], meta: dict[str, str]) -> None:
+    for rank, tensors in enumerate(batches):
+        file = stem.with_suffix(f".{rank}.safetensors")
+        save_file(tensors, file.with_suffix(".partial"), metadata=meta)
+        file.with_suffix(".partial").replace(file)
 
 
 def command(folder: Path, sets: list[str]) -> int:
@@ -81,8 +93,8 @@ def replay(folder: Path, sets: list[str], console: Console, rank: int = 0) -> di
     config = load(path / checkpoint.CONFIG, sets)
     lm = model.load(path).train()
     micros, meta = _read(folder / f"{path.name}.{rank}.safetensors")
-    lm.advance(step, float(meta["progress"]))
-    seed_step(config.run.seed, step, rank)
+    lm.advance(int(meta["at"]), float(meta["progress"]))
+    seed_step(config.run.seed, int(meta["at"]), int(meta["first"]) + rank)
     sites: list[tuple[str, bool, float]] = []
     loss = run_step(lm, micros, config, sites)
     gradients = [n for n, p in lm.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]

@@ -33,6 +33,7 @@ class Schedule:
             )
         self.total = steps
         self.decay_at = steps - decay
+        self.started: int | None = None  # the step of `start_decay`
 
     def factor(self, step: int) -> float:
         """Factor on the learning rate for the step with this number, counted from 0."""
@@ -68,7 +69,7 @@ class Schedule:
             length = round(step * share / (1 - share))  # so that the decay is that share of the new total
         else:
             length = round(share)
-        self.decay_at = step
+        self.decay_at = self.started = step
         self.total = min(step + length, self.planned)
 
     def state_dict(self) -> dict[str, Any]:

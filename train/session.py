@@ -66,7 +66,7 @@ def run_stage(request: Request, arch: str, world: World, signals: Signals) -> in
     if request.dry_run:
         return dry_run(stage, world)
     complete = stage.begun and rundir.status_of(stage.folder)["status"] == "complete"
-    if team.everywhere(complete, world):
+    if team.everywhere(complete):
         if world.main:
             print(f"{stage.folder}: already complete")
         return 0
@@ -83,8 +83,8 @@ def run_stage(request: Request, arch: str, world: World, signals: Signals) -> in
 def begin(stage: Stage, state: TrainState) -> None:
     """Make the folder, or bring it back to where the checkpoint stands. On rank 0."""
     checkpoint.tidy(stage.folder)
-    first = not stage.begun
-    if first:
+    checkpoint.set_aside(stage.folder, beyond=stage.saved)
+    if not stage.begun:
         origin: dict[str, Any] = {"from": None, "tokens": state.origin}
         if stage.source is not None:
             origin["from"] = str(stage.source.path)
@@ -92,8 +92,7 @@ def begin(stage: Stage, state: TrainState) -> None:
         origin["lr_scales"] = {n: s for n, s in scales.items() if s != 1.0}
         origin["stage"] = state.plateau.stage
         rundir.create(stage.folder, stage.config, stage.data, origin, sys.argv)
-    has_checkpoint = checkpoint.newest(stage.folder)[0] is not None
-    rewind(stage.folder, state.step if has_checkpoint else None)
+    rewind(stage.folder, None if stage.saved is None else state.step)
     rundir.set_status(stage.folder, "running", step=state.step, total=state.schedule.total)
 
 
@@ -130,16 +129,15 @@ def announce(stage: Stage, state: TrainState, growth: grow.Growth | None, log: L
 def train(stage: Stage, state: TrainState, log: Log, world: World, signals: Signals, profile: int = 0) -> int:
     """Fit, with the folder's status kept true. Returns the exit code."""
     config = stage.config
-    peak = float(
-        world.sum(torch.tensor([peak_flops(world.device, config.run.precision)], device=world.device))
-    )
+    best = torch.tensor([peak_flops(world.device, config.run.precision)], device=world.device)
+    peak = float(world.sum(best)) * world.workers  # tokens, too, are those of all workers
     tracer = Tracer(stage.folder, profile, world.main)
     tokenizer = stage.data.tokenizer
     hooks = RunHooks(stage.folder, config, stage.heldout, log, world, signals, peak, tokenizer, tracer)
     feed = Feed(stage.view, config.run, world, parts=team.parts(config, world))
     where: Any = lambda: {"step": state.step, "total": state.schedule.total, "tokens": state.tokens}  # noqa: E731
     try:
-        if not stage.begun or state.step == 0:
+        if stage.saved is None:
             hooks.save(state)  # a full disk shows before hours of work, and growth has its starting point
         state.outer.begin(state)
         with tracer:
@@ -155,7 +153,7 @@ def train(stage: Stage, state: TrainState, log: Log, world: World, signals: Sign
     event = "done" if finished else "stop"
     log.write("event", state.step, event=event, signal=signals.caught)
     world.on_main(lambda: rundir.set_status(stage.folder, "complete" if finished else "stopped", **where()))
-    team.everywhere(finished, world)  # a next stage grows from the first worker's run, which is closed now
+    team.everywhere(finished)  # a next stage grows from the first worker's run, which is closed now
     if finished:
         log.say(f"{stage.folder}: complete after {state.step} steps, {state.tokens:,} tokens")
         return 0

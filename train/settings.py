@@ -32,6 +32,8 @@ def _clashes(config: Config, world: World, rows: int) -> Iterator[str]:
             yield "outer.kind: an outer loop moves one set of weights, and schedulefree keeps two"
     if config.outer.kind != "none" and config.nowcast.every:
         yield "nowcast: a worker's path has the outer loop's jumps in it; choose one of the two"
+    if config.outer.kind == "async" and config.grow.when == "plateau":
+        yield "grow.when: plateau: async workers have no common step at which a stage could end; set step"
     if run.parallel != "ddp" and world.size > 1:
         if optim.name not in ELEMENTWISE:
             yield (

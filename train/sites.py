@@ -17,6 +17,7 @@ from model.items import Visit
 from model.lm import LanguageModel
 from model.schema import Config
 from train.feed import cut
+from train.sharding import settle
 from train.world import World, autocast
 
 ROWS = 4
@@ -39,6 +40,7 @@ def site_stats(lm: LanguageModel, view: View, config: Config, world: World) -> d
             out = lm(micro.tokens, labels=micro.labels, weights=micro.weights, docs=micro.docs)
     finally:
         lm.train(was_training)
+        settle(lm)
     stats = {name: value.double().cpu().tolist() for name, value in out.aux.stats.items()}
     return {"activations": found, "stats": stats}
 

@@ -16,7 +16,7 @@ from dataset.views import View
 from model.config import load
 from model.hub import PACKAGES
 from model.schema import Config, ConfigError
-from train import checkpoint, rundir, settings
+from train import rundir, settings
 from train.batches import BatchPlan
 from train.errors import UserError
 from train.outer import team
@@ -49,7 +49,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Stage:
-    """One architecture's run, checked and not yet begun."""
+    """One architecture's run, checked and not yet begun.
+
+    begun: the folder holds the run already.     saved: the checkpoint to go on from, or None.
+    """
 
     config: Config
     data: Dataset
@@ -58,6 +61,7 @@ class Stage:
     folder: Path
     source: Source | None
     begun: bool
+    saved: Path | None = None
     decay_now: bool = False
 
 
@@ -79,15 +83,14 @@ def prepare(request: Request, arch: str, world: World) -> Stage:
                 f"{folder}: holds this run already ({where}); go on with it by --resume, or give another "
                 f"folder with --run"
             )
-    source = None
-    if not begun or checkpoint.newest(folder)[0] is None:
-        source = find_source(request, config, request.folder(config))
+    saved = team.resume_from(folder)
+    source = find_source(request, config, world) if saved is None else None
     if source is not None:
         data.require(identity=source.tokenizer)
     if request.decay_now:
         check_decay(config, request, source, begun)
     heldout = heldout_view(config, data)
-    return Stage(config, data, view, heldout, folder, source, begun, request.decay_now)
+    return Stage(config, data, view, heldout, folder, source, begun, saved, request.decay_now)
 
 
 def check_decay(config: Config, request: Request, source: Source | None, begun: bool) -> None:
@@ -153,11 +156,15 @@ def heldout_view(config: Config, data: Dataset) -> View | None:
         return None
 
 
-def find_source(request: Request, config: Config, folder: Path) -> Source | None:
-    """The weights to start from: --init-from, else `grow.from`, else none."""
+def find_source(request: Request, config: Config, world: World) -> Source | None:
+    """The weights to start from: --init-from, else `grow.from`, else none.
+
+    All workers start from the same; only what `--decay-now` takes over is each worker's own.
+    """
     if request.init_from is not None:
-        return rundir.source_of(request.init_from)
-    name = config.grow.from_
+        where = team.counterpart(request.init_from, world) if request.decay_now else request.init_from
+        return rundir.source_of(where)
+    name, folder = config.grow.from_, request.folder(config)
     if name is None:
         return None
     if Path(name).is_dir():

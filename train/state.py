@@ -33,8 +33,9 @@ from train.sharding import like
 class TrainState:
     """model is the bare module; `forward` is what is called: the same, or its data-parallel wrapper.
 
-    step:    optimizer steps behind us; also the place in the data order.
-    tokens:  tokens seen by the whole run.     skipped: steps that the guard refused, and in a row.
+    step:    optimizer steps of this worker; `at` is the place in the schedule.
+    tokens:  tokens seen by the whole run, all its workers (under async by this worker alone).
+    skipped: steps that the guard refused, and in a row.
     origin:  tokens that the weights had seen before this run (growth, --init-from).
     release: the hooks of gradient release, or None.     noise: of compressed activations, or None.
     """
@@ -58,10 +59,15 @@ class TrainState:
     skipped: int = 0
     skipped_in_a_row: int = 0
 
+    @property
+    def at(self) -> int:
+        """Steps of the schedule behind the weights: those of the run, or under async of the shard in hand."""
+        return self.schedule.total if self.outer.finished(self) else self.outer.place(self.step).step
+
     def begin_step(self, lr: float) -> None:
         """Tell those who act inside the passes of this step: which step it is, and at what rate."""
         if self.objective is not None:
-            self.objective.advance(self.step, self.schedule.total)
+            self.objective.advance(self.at, self.schedule.total)
         if self.noise is not None:
             self.noise.begin(self.step)
         if self.release is not None:

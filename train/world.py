@@ -32,8 +32,6 @@ class World:
 
     group:   the process group of these ranks; None: every rank of the launch.
     worker, workers: which of several such groups this is, and how many there are (see `divided`).
-    across:  the process group of the ranks with the same `rank` in every worker, in the order of workers;
-             what an outer loop exchanges, it exchanges there.
     """
 
     rank: int = 0
@@ -42,7 +40,6 @@ class World:
     group: dist.ProcessGroup | None = None
     worker: int = 0
     workers: int = 1
-    across: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -98,7 +95,7 @@ class World:
         """This rank's place in one of `workers` equal groups of consecutive ranks; called on every rank.
 
         Inside a group gradients are exchanged at every step; between groups an outer loop does what it
-        does, over `across`. Raises UserError when the ranks do not divide.
+        does (`outer.team.comm_of`). Raises UserError when the ranks do not divide.
         """
         if workers == 1:
             return self
@@ -107,8 +104,7 @@ class World:
         size = self.size // workers
         mesh = init_device_mesh(self.device.type, (workers, size), mesh_dim_names=("worker", "rank"))
         worker, rank = divmod(self.rank, size)
-        group, across = mesh["rank"].get_group(), mesh["worker"].get_group()
-        return World(rank, size, self.device, group, worker, workers, across)
+        return World(rank, size, self.device, mesh["rank"].get_group(), worker, workers)
 
 
 ALONE = World()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from model.sections import OuterConfig, ScheduleConfig
 from tests.outer.conftest import (
     Net,
     adamw,
@@ -20,7 +23,12 @@ from tests.outer.conftest import (
 )
 from train.errors import UserError
 from train.outer.codec import CODECS
+from train.outer.diloco import DiLoCo
 from train.outer.exchange import Alone, Channel, Meeting, Traffic
+from train.outer.lockstep import parts_of
+from train.outer.streaming import Streaming
+from train.schedule import Schedule
+from train.world import World
 
 
 def bits(net: Net) -> list[bytes]:
@@ -196,6 +204,48 @@ def test_a_worker_that_wants_to_stop_stops_all_at_the_same_step() -> None:
 
         steps = together(3, work)
         assert len(set(steps)) == 1 and 7 < steps[0] <= 15
+
+
+@pytest.mark.parametrize("kind", [DiLoCo, Streaming])
+def test_ranks_with_whole_models_save_one_state_for_any_number_of_ranks(kind) -> None:
+    """Under DDP every rank of a worker has the same outer state; of a cut model each has a part."""
+
+    def outer(world: World):
+        net = Net()
+        config = OuterConfig("diloco" if kind is DiLoCo else "streaming", every=4)
+        return kind(config, parts_of(net, config), Alone(), {}, world)
+
+    two = outer(World(rank=1, size=2))
+    for r in two.replicas:
+        r.step(r.outer + 1)
+    saved = two.state_dict()
+    one = outer(World())
+    one.load_state_dict(saved)
+    assert one.fingerprint() == two.fingerprint() and repr(one.state_dict()) == repr(saved)
+    with pytest.raises(UserError, match=r"in 2 part\(s\), this worker's in 1: .* resumes on as many ranks"):
+        one.load_state_dict({**saved, "ranks": saved["ranks"] * 2})
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.2])
+@pytest.mark.parametrize("kind", ["diloco", "streaming"])
+def test_the_plateau_of_worker_0_ends_the_stage_of_all(kind: str, decay: float) -> None:
+    """Worker 0 finds it at step 6, worker 1 before, worker 2 never; all end at one step with equal bits."""
+
+    def work(comm) -> tuple[Net, int, int]:
+        net = Net()
+        outer, opt = make_outer(net, comm, kind=kind, overlap=2), adamw(net)
+        state = SimpleNamespace(step=0, schedule=Schedule(ScheduleConfig(warmup=0, decay=decay), 99))
+        while not outer.finished(state):
+            inner_step(net, opt, comm.rank, state.step)
+            state.step += 1
+            outer.maybe_sync(state)
+            outer.plateau(state, state.step >= (6, 2, 1000)[comm.rank])
+        assert not getattr(outer, "_pending", {})
+        return net, state.step, state.schedule.decay_at
+
+    (net, end, began), *others = together(3, work)
+    assert 6 < began <= 13 and end == (began if not decay else round(began / (1 - decay)))
+    assert all(o[1:] == (end, began) and bits(o[0]) == bits(net) for o in others)
 
 
 def test_a_meeting_that_breaks_up_raises() -> None:

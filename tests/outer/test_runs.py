@@ -19,7 +19,7 @@ import torch
 import model
 from tests.outer.test_async import SECRET, serving
 from tests.train.conftest import ROOT, Fit, command, data, equal, place, request_of, text_folder
-from train import checkpoint
+from train import checkpoint, rundir
 from train.outer.coordinator import Coordinator
 from train.outer.layout import fragments
 from train.outer.team import PACKAGES
@@ -47,6 +47,27 @@ def test_resumed_twice_in_the_middle_of_rounds(request_of, kind: str) -> None:
     assert not equal(whole.tensors(), plain.tensors())  # the outer loop did something
 
 
+@pytest.mark.parametrize("schedule", ["{warmup: 2, decay: 0.2}", "{kind: constant, warmup: 2}"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plateau_ends_a_stage_at_an_exchange_and_survives_a_resume(request_of, kind, schedule) -> None:
+    """Any fall below half the loss is flat here: found at step 18, heard of in a later exchange."""
+    sets = (KINDS[kind], f"schedule={schedule}", "run.steps=100", "run.eval_every=3", "optim.lr=1e-3")
+    sets += ("grow={when: plateau, delta: 0.5, tokens_per_param: 0.02}", "run.save_every=0")
+    whole = Fit(request_of("whole", *sets))
+    (event,) = (r for r in whole.records if r.get("event") == "plateau")
+    end = whole.state.step
+    assert event["step"] > 21 and whole.finished and end == whole.state.schedule.total < 40
+    assert end > event["step"] if "decay" in schedule else end == event["step"]
+    for r in whole.state.outer.replicas:  # the stage ended with an exchange, and nothing is under way
+        assert np.array_equal(r.fragment.get(), r.outer)
+    assert not getattr(whole.state.outer, "_pending", {})
+    for stop, resume in ((21, False), (event["step"], True)):
+        Fit(request_of("parts", *sets, resume=resume), stop_after=stop)
+    parts = Fit(request_of("parts", *sets, resume=True))
+    assert equal(whole.tensors(), parts.tensors()) and whole.losses() == parts.losses()
+    assert len([r for r in parts.records if r.get("event") == "plateau"]) == 1
+
+
 @pytest.mark.slow
 def test_two_ranks_are_two_workers_that_end_equal_and_grow(place: Path, data: Path) -> None:
     """torchrun with 2 ranks: two runs, equal parameters at the end of each stage, grown from the same."""
@@ -67,6 +88,33 @@ def test_two_ranks_are_two_workers_that_end_equal_and_grow(place: Path, data: Pa
     assert trained < everything  # the frozen shell stays at home
     # Rounds at steps 3, 6 and at the end, 8: each sends 2 (k-1)/k * 4P = 4P.
     assert last["outer"]["rounds"] == 3 and last["outer"]["sent"] == 3 * 4 * (trained + trained % 2)
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_from_what_both_have_or_not_at_all(place: Path, data: Path) -> None:
+    """ranks: a worker that fell behind takes the other along; one that lost its folder stops both."""
+    sets = ["--set", "outer={kind: diloco, every: 3}", "--set", "run.keep=9"]
+    words = ["--arch", place / "tiny.yaml", "--data", data, "--run-dir", place / "out", *sets]
+    done = command(*words, cwd=place, ranks=2)
+    assert done.returncode == 0, done.stderr
+    folders = [place / "out", place / "out" / "workers" / "1"]
+    ends = [checkpoint.load(checkpoint.saved(f)[0]).model for f in folders]
+    folders[1].rename(place / "lost")
+    for path in checkpoint.saved(place / "lost"):
+        if path.name > "step_00000004":
+            shutil.rmtree(path)
+    rundir.set_status(place / "lost", "stopped", step=4)
+    before = {p: p.read_bytes() for p in folders[0].rglob("*") if p.is_file()}
+    refused = command(*words, "--resume", cwd=place, ranks=2)
+    assert "no checkpoint that every rank has" in refused.stderr and refused.returncode
+    assert {p: p.read_bytes() for p in folders[0].rglob("*") if p.is_file()} == before
+    assert not folders[1].exists()
+    (place / "lost").rename(folders[1])
+    done = command(*words, "--resume", cwd=place, ranks=2)
+    assert done.returncode == 0, done.stderr
+    for folder, end in zip(folders, ends):
+        assert equal(checkpoint.load(checkpoint.saved(folder)[0]).model, end)
+    assert checkpoint.saved(folders[0])[0].with_suffix(".aside0").is_dir()
 
 
 def copied(folder: Path) -> Path:

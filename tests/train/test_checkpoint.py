@@ -64,7 +64,7 @@ def test_an_existing_checkpoint_is_never_written_to(tmp_path) -> None:
     (path / checkpoint.MODEL).write_bytes(b"x")
     save(tmp_path, 1)
     assert checkpoint.verify(path) == 1
-    assert (path.with_suffix(".damaged0") / checkpoint.MODEL).read_bytes() == b"x"
+    assert (path.with_suffix(".aside0") / checkpoint.MODEL).read_bytes() == b"x"
 
 
 @pytest.mark.parametrize("call", range(9))

@@ -118,3 +118,15 @@ def test_shrinking_uses_the_unbiased_moments_before_the_step() -> None:
             torch.testing.assert_close(p.grad, g * wiener_gain(m / (1 - 0.9**t), v / (1 - 0.95**t)))
         m, v = 0.9 * m + 0.1 * p.grad, 0.95 * v + 0.05 * p.grad**2
         optimizer.step()
+
+
+def test_the_gate_scores_rows_packed_as_the_run_s_are(request_of, monkeypatch) -> None:
+    import train.hooks
+
+    views, real = [], train.hooks.evaluate
+    monkeypatch.setattr(
+        train.hooks, "evaluate", lambda lm, view, *rest: (views.append(view), real(lm, view, *rest))[1]
+    )
+    done = Fit(request_of("run", "run.packing=documents", "nowcast={every: 2, history: 2, gate: 64}"))
+    assert len({id(v) for v in views}) == 2  # the evaluation's and the gate's
+    assert {v.rows for v in views} == {done.stage.heldout.rows}

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from model.config import dumps
 from model.schema import ConfigError
 from model.sections import BatchWarmup, RunConfig
 from tests.train.conftest import Fit, equal
@@ -15,6 +16,8 @@ from train import checkpoint
 from train.batches import BatchPlan
 from train.errors import UserError
 from train.guard import NOT_FINITE, Guard
+from train.outer import team
+from train.outer.none import NoOuter, Place
 
 WARM = "run.batch_warmup={from: 1, steps: 6}"
 RESUMED = {
@@ -180,6 +183,38 @@ def test_a_step_that_is_not_finite_is_kept_and_replayed(request_of, monkeypatch,
     assert "no step kept for replay" in capsys.readouterr().err
 
 
+def test_a_kept_step_is_written_by_rank_0_for_all(request_of, place) -> None:
+    """Another machine's rank has no run folder, and asks its own disk for nothing."""
+    from rich.console import Console
+
+    from train.feed import Feed
+    from train.meter import StepResult
+    from train.replay import keep, replay
+    from train.world import World
+
+    class First(World):
+        def on_main(self, action):
+            said.append(action())
+            return said[-1]
+
+        def gather(self, value):
+            return [value, value]
+
+    class Second(First):
+        def on_main(self, action):
+            return said.pop(0)
+
+    done, said = Fit(request_of("run")), []
+    feed = Feed(done.stage.view, done.config.run, World())
+    micros = feed.micros(11)
+    feed.close()
+    rest = (micros, StepResult(math.nan, {}, 0.0, 0.0, 0.0, NOT_FINITE, 0), dumps(done.config))
+    folder = keep(done.stage.folder, done.state, *rest, First(0, 2))
+    keep(place / "elsewhere", done.state, *rest, Second(1, 2))
+    assert not said and not (place / "elsewhere").exists()
+    assert [replay(folder, [], Console(), rank)["step"] for rank in (0, 1)] == [11, 11]
+
+
 # ----------------------------------------------------------------------------- what is looked at
 
 
@@ -239,39 +274,51 @@ def test_profile_and_samples_by_command(place, data, monkeypatch, capsys) -> Non
     assert samples == [0, 4, 8, 12]
 
 
-# ----------------------------------------------------------------------------- decay from anywhere
+def test_tokens_are_those_of_all_workers(request_of) -> None:
+    """The plateau rule (tokens_per_param) and the next stage's origin count the whole run's."""
+    from train.feed import Feed
+    from train.loop import train_step
+    from train.world import World
+
+    done = Fit(request_of("run", "run.steps=2"))
+    feed = Feed(done.stage.view, done.config.run, World(), parts=2)
+    before = done.state.tokens
+    result = train_step(done.state, feed.micros(2), done.config, World(worker=1, workers=2))
+    feed.close()
+    assert result.tokens == done.state.tokens - before == 4 * 32  # run.batch * run.context
 
 
-def test_decay_starts_from_any_checkpoint(request_of) -> None:
-    """A branch with --init-from is, step for step, the run that decays there; so is --resume."""
-    sets = ("run.steps=24", "run.keep=9", "schedule={warmup: 2, decay: 6}")
-    Fit(request_of("trunk", *sets), stop_after=8)
-    trunk = request_of("trunk").run
-    branch = Fit(request_of("branch", *sets, init_from=trunk, decay_now=True))
-    rates = [(r["step"], r["lr"]) for r in branch.records if r["kind"] == "train"]
-    assert branch.finished and branch.state.step == 14  # 8 + 6
-    assert rates[-1][1] == pytest.approx(1e-2 / 7, rel=1e-6)
-    assert branch.state.tokens == 14 * 128
-    here = Fit(request_of("trunk", *sets, resume=True, decay_now=True))
-    assert equal(branch.tensors(), here.tensors())
-    Fit(
-        request_of("again", *sets, init_from=trunk / "checkpoints" / "step_00000008", decay_now=True),
-        stop_after=11,
+class TwoShards(NoOuter):
+    """As under async a worker alone with two shards: twice the steps, and each shard has its own count."""
+
+    def place(self, step: int) -> Place:
+        return Place(0, step // 2)
+
+    def finished(self, state) -> bool:
+        return state.step >= 2 * state.schedule.total
+
+
+def test_what_follows_the_schedule_follows_the_shard_s_steps(request_of, monkeypatch, capsys) -> None:
+    """Selection, the progress that is evaluated at, log lines and the time left."""
+    from model.lm import LanguageModel
+    from train.objective import Objective
+
+    steps, progress = [], []
+    advance = LanguageModel.advance
+    monkeypatch.setattr(team, "make", lambda *args: TwoShards())
+    monkeypatch.setattr(Objective, "advance", lambda self, step, total: steps.append(step))
+    monkeypatch.setattr(
+        LanguageModel, "advance", lambda self, s, p=0.0: (progress.append((s, p)), advance(self, s, p))[1]
     )
-    rest = Fit(request_of("again", *sets, resume=True))
-    assert equal(branch.tensors(), rest.tensors())
+    done = Fit(request_of("run", "run.steps=6", "run.eval_every=5", "loss={kind: mile, gamma: 0.5}"))
+    assert done.state.step == 12 and steps == [i // 2 for i in range(12)]
+    evaluated = [progress[0], progress[6], progress[12], progress[-1]]  # at steps 0, 5, 10, 12
+    assert evaluated == [(0, 0.0), (2, 2 / 6), (5, 5 / 6), (6, 1.0)]
+    assert [r["step"] for r in done.records if r["kind"] == "train"] == [3, 6, 9, 12]
+    assert "ETA" in (said := capsys.readouterr().out) and "ETA -" not in said and "step 6/6" in said
 
 
-def test_decay_now_is_refused_where_it_means_nothing(request_of) -> None:
-    with pytest.raises(UserError, match="--resume or with --init-from"):
-        Fit(request_of("a", decay_now=True))
-    with pytest.raises(UserError, match="no decay"):
-        Fit(request_of("b", "schedule.kind=cosine", decay_now=True))
-    done = Fit(request_of("c"))
-    with pytest.raises(UserError, match="the decay began at step"):
-        Fit(request_of("d", init_from=done.stage.folder, decay_now=True))
-    with pytest.raises(UserError, match=r"run\.batch"):
-        Fit(request_of("e", "run.batch=2", init_from=done.stage.folder, decay_now=True))
+# ----------------------------------------------------------------------------- what is refused
 
 
 BAD = {
@@ -284,6 +331,11 @@ BAD = {
         "schedule.kind=constant",
     ),
     "nowcast under an outer loop": ("outer.kind=diloco", "choose one of the two", "nowcast.every=2"),
+    "plateau under async": (
+        "grow.when=plateau",
+        "no common step",
+        "outer={kind: async, server: 'localhost:9'}",
+    ),
     "release in pieces": ("optim={name: adalomo, release: true, clip: 0.0}", "run.micro"),
     "release with clipping": ("optim={name: adalomo, release: true}", "clip: 0"),
     "selection without a reference": ("select.rho={keep: 0.5}", "ref"),

@@ -118,6 +118,21 @@ def test_dry_run_writes_nothing(here, data, capsys) -> None:
     assert snapshot(here) == before and not (here / "runs").exists()
 
 
+def test_a_dry_run_takes_one_worker_s_part_of_the_batch(here, data, capsys, monkeypatch) -> None:
+    import train.dryrun
+
+    taken, real = [], train.dryrun.train_step
+
+    def counted(state, micros, *rest):
+        taken.append(sum(len(m.tokens) for m in micros))
+        return real(state, micros, *rest)
+
+    monkeypatch.setattr(train.dryrun, "train_step", counted)
+    outer = "outer={kind: async, server: 'localhost:9', shards: 4}"
+    assert run("--arch", "tiny.yaml", "--data", data, "--dry-run", "--set", outer) == 0
+    assert taken == [1, 1, 1] and "1 rows of 32 tokens" in capsys.readouterr().out
+
+
 BAD = {
     "misspelt key": (["--set", "run.stepz=3"], "did you mean 'steps'"),
     "unknown arch": (["--arch", "nothing.yaml"], "nothing.yaml"),

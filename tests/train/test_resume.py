@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
 import torch
 
 from tests.train.conftest import Fit, equal
 from train import checkpoint
+from train.errors import UserError
+from train.outer import team
 
 
 def test_resumed_twice_is_bit_equal(request_of) -> None:
@@ -33,6 +36,36 @@ def test_going_back_to_an_older_checkpoint_gives_the_same_end(request_of) -> Non
     assert equal(whole.tensors(), again.tensors())
     assert whole.losses() == again.losses()
     assert checkpoint.verify(newest) == 12  # the damaged one was set aside, not written into
+
+
+def test_going_back_sets_newer_checkpoints_aside(request_of, monkeypatch) -> None:
+    """The others of a launch have step 4 alone, so this one goes back too; what it saves then is its own."""
+    keep = "run.keep=9"
+    whole = Fit(request_of("whole", keep))
+    Fit(request_of("run", keep))
+    saved = checkpoint.folder_of(request_of("run").run)
+    for step in ("step_00000008", "step_00000012"):
+        (saved / step / "of the first time").touch()
+    monkeypatch.setattr(team, "_gather", lambda mine: [mine, ("other", ["step_00000000", "step_00000004"])])
+    again = Fit(request_of("run", keep, resume=True))
+    assert equal(whole.tensors(), again.tensors()) and whole.losses() == again.losses()
+    for step in ("step_00000008", "step_00000012"):
+        assert not (saved / step / "of the first time").exists()
+        assert (saved / f"{step}.aside0" / "of the first time").exists()
+
+
+@pytest.mark.parametrize("lost", ["mine", "other"])
+def test_a_lost_folder_is_no_reason_to_begin_anew(request_of, monkeypatch, lost) -> None:
+    whole = Fit(request_of("run"))
+    folder = whole.stage.folder if lost == "other" else whole.stage.folder / "workers" / "1"
+    there = [] if lost == "other" else ["step_00000008"]
+    monkeypatch.setattr(team, "_gather", lambda mine: [mine, ("other", there)])
+    before = {p: p.read_bytes() for p in whole.stage.folder.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=r"no checkpoint that every rank has(.|\n)*: none\n"):
+        Fit(request_of(folder, resume=True))
+    assert before == {p: p.read_bytes() for p in whole.stage.folder.rglob("*") if p.is_file()}
+    monkeypatch.setattr(team, "_gather", lambda mine: [mine, ("other", [])])
+    assert Fit(request_of("new", resume=True)).finished  # nobody has anything: all begin together
 
 
 def test_killed_before_the_first_checkpoint(request_of) -> None:

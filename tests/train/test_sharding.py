@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import dataset
 import model
@@ -16,6 +20,8 @@ from train import checkpoint
 from train.heldout import evaluate
 from train.metrics import read
 from train.pretrain import main
+from train.sharding import groups
+from train.sites import site_stats
 from train.stage import heldout_view
 from train.world import ALONE
 
@@ -149,6 +155,22 @@ def test_the_order_of_summation_moves_moments_as_far(here) -> None:
     assert max(far(trained(torch.float64, False), trained(torch.float64, True))) < 1e-12
 
 
+def test_statistics_leave_a_sharded_model_as_it_was(here, data, tmp_path) -> None:
+    """FSDP2 keeps gathered weights after a forward pass; what then reads the shards would not be seen."""
+    config = load("samba.yaml", ["run.parallel=fsdp2"])
+    rows = heldout_view(config, dataset.open(data))
+    assert rows is not None
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        lm = model.build(config, vocab=260)
+        for modules in (*groups(lm), lm):
+            fully_shard(modules, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=False)
+        found = site_stats(lm, rows, config, ALONE)
+        assert found["activations"] and all(isinstance(p, DTensor) for p in lm.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.slow
 def test_ranks_in_double_precision_differ_by_rounding_alone(here, data) -> None:
     """parallel: where fp32 leaves 3e-5, fp64 leaves nothing, so no term is missing and none counts twice."""
@@ -168,17 +190,18 @@ def test_ranks_in_double_precision_differ_by_rounding_alone(here, data) -> None:
         ("run.parallel=fsdp2", "run.reshard=true"),
         ("run.parallel=hybrid", "run.shard=1"),
         ("run.parallel=ddp",),
+        ("run.parallel=ddp", "outer={kind: streaming, workers: 1, every: 4, fragments: 2, overlap: 1}"),
     ],
-    ids=["fsdp2", "hybrid", "ddp"],
+    ids=["fsdp2", "hybrid", "ddp", "streaming"],
 )
 def test_ranks_may_change_at_every_resume(here, data, how) -> None:
     """parallel: 2 -> 1 -> 2 ranks see the same tokens and end with the same parameters as a straight run."""
-    archs = ("onion", "samba")
-    assert main(words(data, "one", archs=archs)) == 0
+    archs, outer = ("onion", "samba"), how[1:] if "streaming" in how[-1] else ()
+    assert main(words(data, "one", *outer, archs=archs)) == 0
     two = words(data, "two", *how, archs=archs)
     assert command(*two, cwd=here, ranks=2).returncode == 0
     back(here / "two", 2)
-    assert main([*words(data, "two", archs=archs), "--resume"]) == 0
+    assert main([*words(data, "two", *outer, archs=archs), "--resume"]) == 0
     back(here / "two", 4)
     assert command(*two, "--resume", cwd=here, ranks=2).returncode == 0
     for name in archs:

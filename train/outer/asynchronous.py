@@ -116,9 +116,6 @@ class Async(NoOuter):
         """Whether every shard has had its steps."""
         return self.done
 
-    def boundary(self, step: int) -> bool:
-        return self.did == 0
-
     def agree(self, stopping: bool) -> bool:
         """A worker may stop whenever it likes."""
         return stopping

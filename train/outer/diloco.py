@@ -17,14 +17,10 @@ class DiLoCo(Lockstep):
 
     def maybe_sync(self, state: Any) -> None:
         """Called after every inner step. Raises UserError when replicas differ."""
-        if not (self.boundary(state.step) or state.step == state.schedule.total):
+        if state.step % self.config.every and state.step != state.schedule.total:
             return
-        self.stopped = self.compare(self.card(state))
+        self.stopped = self.hear(state, self.compare(self.card(state)))
         for r in self.replicas:
             r.step(r.channel.mean(r.delta()))
             r.adopt()
         self.traffic.rounds += 1
-
-    def boundary(self, step: int) -> bool:
-        """Whether all workers hold the same parameters after this many steps."""
-        return step % self.config.every == 0

@@ -4,14 +4,15 @@ Shape legend: N values of a fragment  k workers.
 
 Every worker keeps the outer parameters and their momentum itself and applies the same step to them, so
 nothing but deltas travels. The roll call compares what must be equal: the outer parameters' hash, the step,
-the length of the run, and at the start the plan, the data and the code.
+the length of the run, and at the start the plan, the data and the code. It also says who wants to stop, and
+whether worker 0 has found a plateau: what only one of them knows, all do at the same step.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -24,6 +25,7 @@ from train.outer.exchange import Channel, Comm, Traffic
 from train.outer.layout import Fragment
 from train.outer.none import NoOuter, Place
 from train.outer.rules import PLAIN, Step
+from train.sharding import any_sharded
 from train.world import World
 
 CARD = 512  # bytes of a roll-call card
@@ -77,6 +79,13 @@ class Replica:
         self.dropped = int(state["dropped"])
 
 
+class Heard(NamedTuple):
+    """What a roll call says. stop: somebody wants to.     plateau: worker 0 has found one."""
+
+    stop: bool
+    plateau: bool
+
+
 class Lockstep(NoOuter):
     """Base of the outer loops in which all workers meet. identity: what must be equal to train together."""
 
@@ -93,8 +102,10 @@ class Lockstep(NoOuter):
         self.identity = {**identity, "tensors": layout.signature(list(parts))}
         self.traffic = Traffic()
         self.replicas = [Replica(f, comm, config, self.traffic) for f in parts]
+        self.cut = any_sharded(t for f in parts for t in f.tensors)
         self.stop = False  # this worker wants to stop; all do at the next roll call that says so
         self.stopped = False
+        self.flat = False  # this worker's plateau rule says that the stage is over
 
     def begin(self, state: Any) -> None:
         """Before the first step, and after a resume. Raises UserError when workers do not fit together."""
@@ -111,10 +122,10 @@ class Lockstep(NoOuter):
     def card(self, state: Any) -> dict[str, Any]:
         """What this worker says before an exchange."""
         same = {"step": state.step, "total": state.schedule.total, "outer": self.fingerprint()}
-        return {**same, "stop": self.stop}
+        return {**same, "stop": self.stop, "flat": self.flat}
 
-    def compare(self, card: dict[str, Any]) -> bool:
-        """The roll call: whether somebody wants to stop. Raises UserError when replicas have drifted."""
+    def compare(self, card: dict[str, Any]) -> Heard:
+        """The roll call. Raises UserError when replicas have drifted."""
         cards = self._cards(card)
         for key in ("step", "total", "outer"):
             if len({c[key] for c in cards}) > 1:
@@ -122,7 +133,13 @@ class Lockstep(NoOuter):
                     f"step {card['step']}: replicas differ in their {WHAT.get(key, key)}: "
                     f"{[c[key] for c in cards]}; nothing was exchanged; resume from an earlier checkpoint"
                 )
-        return any(c["stop"] for c in cards)
+        return Heard(any(c["stop"] for c in cards), cards[0]["flat"])
+
+    def hear(self, state: Any, heard: Heard) -> bool:
+        """Do, at the same step on every worker, what a roll call says; gives whether to stop."""
+        if heard.plateau:
+            state.schedule.start_decay(state.step)
+        return heard.stop
 
     def fingerprint(self) -> str:
         return f"{layout.fingerprint([r.outer for r in self.replicas]):016x}"
@@ -131,6 +148,10 @@ class Lockstep(NoOuter):
         """Whether to stop now. A wish is heard at the next roll call, so that all stop at the same step."""
         self.stop = stopping
         return stopping if self.comm.size == 1 else self.stopped
+
+    def plateau(self, state: Any, reached: bool) -> None:
+        """Workers have held-out losses of their own: that of worker 0 counts, from the next roll call on."""
+        self.flat = reached
 
     def place(self, step: int) -> Place:
         return Place(self.comm.rank, step)
@@ -148,24 +169,32 @@ class Lockstep(NoOuter):
         return {"sent": t.sent, "received": t.received, "rounds": t.rounds, "dropped": dropped}
 
     def state_dict(self) -> dict[str, Any]:
-        """Called on every rank of a worker: each has what belongs to its part of the tensors."""
-        return {"kind": self.config.kind, "ranks": self.world.gather(self._own_state())}
+        """Called on every rank of a worker. Of a model that is cut each rank has what belongs to its part;
+        otherwise all have the same, and any number of ranks may go on from it."""
+        own = self._own_state()
+        return {"kind": self.config.kind, "ranks": self.world.gather(own) if self.cut else [own]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("kind") != self.config.kind:
             raise ValueError(f"outer state of {state.get('kind')!r}, not of {self.config.kind!r}")
-        if len(state["ranks"]) != self.world.size:
-            raise ValueError(f"outer state of {len(state['ranks'])} ranks a worker, not {self.world.size}")
-        self._load_own(state["ranks"][self.world.rank])
+        parts, want = state["ranks"], self.world.size if self.cut else 1
+        if len(parts) != want:
+            raise UserError(
+                f"outer.kind: {self.config.kind}: the checkpoint's outer state is in {len(parts)} part(s), "
+                f"this worker's in {want}: under an outer loop a model that is cut (run.parallel) resumes on "
+                f"as many ranks, cut alike"
+            )
+        self._load_own(parts[self.world.rank if self.cut else 0])
 
     def _own_state(self) -> dict[str, Any]:
         replicas = [r.state_dict() for r in self.replicas]
-        return {"replicas": replicas, "traffic": vars(self.traffic).copy()}
+        return {"replicas": replicas, "traffic": vars(self.traffic).copy(), "flat": self.flat}
 
     def _load_own(self, state: Mapping[str, Any]) -> None:
         for r, saved in zip(self.replicas, state["replicas"], strict=True):
             r.load_state_dict(saved)
         vars(self.traffic).update(state["traffic"])
+        self.flat = bool(state.get("flat", False))
 
 
 WHAT = {

@@ -29,9 +29,10 @@ class NoOuter:
         """Whether the run has had all its steps."""
         return state.step >= state.schedule.total
 
-    def boundary(self, step: int) -> bool:
-        """Whether a stage may end, or a model grow, after this many steps."""
-        return True
+    def plateau(self, state: Any, reached: bool) -> None:
+        """This worker's plateau rule has spoken: the decay begins, where others have no say in it."""
+        if reached:
+            state.schedule.start_decay(state.step)
 
     def agree(self, stopping: bool) -> bool:
         """Whether to stop now, when this worker would like to."""

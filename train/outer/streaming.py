@@ -19,9 +19,9 @@ from typing import Any
 
 from train.outer import layout
 from train.outer.arrays import Array
-from train.outer.lockstep import Lockstep
+from train.outer.lockstep import Heard, Lockstep
 
-Job = Future[tuple[bool, Array]]  # (somebody wants to stop, the mean)
+Job = Future[tuple[Heard, Array]]  # (what the roll call says, the mean)
 
 
 class Streaming(Lockstep):
@@ -39,52 +39,49 @@ class Streaming(Lockstep):
     def maybe_sync(self, state: Any) -> None:
         """Called after every inner step. Raises UserError when replicas differ."""
         step, config = state.step, self.config
-        if step == state.schedule.total:
-            return self._close(state)
-        for i in [i for i, at in enumerate(self._offsets) if step % config.every == at]:
-            self._start(i, state, step + config.overlap)
-        for i in [i for i, (due, _) in self._pending.items() if due <= step]:
-            self._finish(i, config.blend)
+        if step < state.schedule.total:
+            for i in [i for i, at in enumerate(self._offsets) if step % config.every == at]:
+                self._start(i, state, step + config.overlap)
+            for i in [i for i, (due, _) in self._pending.items() if due <= step]:
+                self._finish(i, state, config.blend)
+        if step == state.schedule.total:  # also when a plateau without a decay was heard of just now
+            self._close(state)
 
     def _start(self, i: int, state: Any, due: int) -> None:
         """Roll call and exchange run in the background: on a slow line even the first takes its time."""
         r = self.replicas[i]
         card, delta = self.card(state), r.delta()
 
-        def job() -> tuple[bool, Array]:
+        def job() -> tuple[Heard, Array]:
             return self.compare(card), r.channel.mean(delta)
 
         self._pending[i] = due, self._thread.submit(job)
         self.traffic.rounds += 1
 
-    def _finish(self, i: int, alpha: float) -> None:
+    def _finish(self, i: int, state: Any, alpha: float) -> None:
         r, (_, job) = self.replicas[i], self._pending.pop(i)
-        stop, mean = job.result()
-        self.stopped |= stop  # at the same step on every worker
+        heard, mean = job.result()
+        self.stopped |= self.hear(state, heard)
         r.step(mean)
         r.adopt(alpha)
 
     def _close(self, state: Any) -> None:
         """The end of a run: what is under way arrives, then every fragment once more, taken over whole."""
         for i in list(self._pending):
-            self._finish(i, self.config.blend)
+            self._finish(i, state, self.config.blend)
         for i in range(len(self.replicas)):
             self._start(i, state, state.step)
-            self._finish(i, 1.0 if self.config.blend == 1 else 0.0)
+            self._finish(i, state, 1.0 if self.config.blend == 1 else 0.0)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def boundary(self, step: int) -> bool:
-        """Fragments are never all equal before the end, so a stage may end anywhere: `_close` sees to it."""
-        return True
 
     def _own_state(self) -> dict[str, Any]:
         """Waits for what is under way: a mean that has arrived and is not yet due is saved."""
         pending = {}
         for i, (due, job) in self._pending.items():
-            stop, mean = job.result()
-            pending[str(i)] = {"due": due, "stop": stop, "mean": layout.saved(mean)}
+            heard, mean = job.result()
+            pending[str(i)] = {"due": due, **heard._asdict(), "mean": layout.saved(mean)}
         return {**super()._own_state(), "pending": pending}
 
     def _load_own(self, state: Mapping[str, Any]) -> None:
@@ -92,5 +89,5 @@ class Streaming(Lockstep):
         for i, entry in state["pending"].items():
             done: Job = Future()
             mean = layout.restored(entry["mean"], self.replicas[int(i)].outer)
-            done.set_result((bool(entry["stop"]), mean))
+            done.set_result((Heard(bool(entry["stop"]), bool(entry["plateau"])), mean))
             self._pending[int(i)] = int(entry["due"]), done

@@ -19,6 +19,7 @@ from torch import nn
 from model.config import dump, load
 from model.schema import Config
 from train import checkpoint
+from train.errors import UserError
 from train.outer.asynchronous import Async
 from train.outer.diloco import DiLoCo
 from train.outer.exchange import Alone, Collective, Comm
@@ -83,22 +84,45 @@ def comm_of(world: World) -> Comm:
     return Collective(mine)
 
 
-def resume_from(run: Path, world: World) -> Path | None:
-    """The newest checkpoint of this worker's folder that every worker has whole."""
+def resume_from(run: Path) -> Path | None:
+    """The newest checkpoint that every rank of the launch sees whole in its worker's folder.
+
+    None: nobody has any, and all begin together. Raises UserError when only some have: whoever lost a folder
+    cannot go on, and the others must not begin anew over what they have.
+    """
     newest = checkpoint.newest(run)[0]
-    if world.workers == 1:
-        return newest
-    mine = {p.name for p in checkpoint.saved(run) if newest is not None and p.name <= newest.name}
-    common = set.intersection(*map(set, _gather(sorted(mine))))
+    mine = [p.name for p in checkpoint.saved(run) if newest is not None and p.name <= newest.name]
+    seen = _gather((str(run), mine))
+    common = set.intersection(*(set(names) for _, names in seen))
+    if not common and any(names for _, names in seen):
+        lines = [f"  rank {i}: {folder}: {', '.join(n) or 'none'}\n" for i, (folder, n) in enumerate(seen)]
+        raise UserError(
+            f"no checkpoint that every rank has:\n{''.join(lines)}put the missing folder back (the "
+            f"ranks of one worker must all see theirs), or begin anew in another folder with --run"
+        )
     return max((p for p in checkpoint.saved(run) if p.name in common), default=None)
 
 
-def everywhere(flag: bool, world: World) -> bool:
-    """Whether something holds for all workers. Also a place where they wait for each other."""
-    return flag if world.workers == 1 else all(_gather(flag))
+def counterpart(source: Path, world: World) -> Path:
+    """What this worker takes over when worker 0 takes over `source`, a run or a checkpoint of it.
+
+    Of a run it is the newest checkpoint that all have.
+    """
+    if checkpoint.NAME.fullmatch(source.name):
+        return folder(source.parent.parent, world) / source.parent.name / source.name
+    mine = folder(source, world)
+    return resume_from(mine) or mine
+
+
+def everywhere(flag: bool) -> bool:
+    """Whether something holds on every rank of the launch. Also a place where they wait for each other."""
+    return all(_gather(flag))
 
 
 def _gather(value: Any) -> list[Any]:
+    """What every rank of the launch says, in their order; called on every one."""
+    if not dist.is_initialized():
+        return [value]
     box: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
