@@ -1,6 +1,6 @@
 """A worker's line to the server: every request may be sent again, so a broken line only costs time.
 
-Link      join, lease, push, status; reconnects until `patience` seconds have passed without an answer
+Link      join, lease, push, status; reconnects until `patience` seconds have passed in which nothing moved
 Pulse     says on a line and thread of its own that the worker lives, also while it computes or saves
 """
 
@@ -22,7 +22,7 @@ from train.outer.frames import Connection, Frame, FrameError, address_of
 from train.outer.layout import fingerprint
 
 LIMIT = 8 << 30
-LINE_S = 15.0  # without a byte in either direction the line is taken for dead; the server answers in 5
+LINE_S = 15.0  # without a byte moved the line is taken for dead; the server answers in 5
 PAUSE_S = (0.05, 2.0)  # between two attempts: doubled from the first to the second
 
 
@@ -73,10 +73,13 @@ class Link:
         """One request and its answer, over a new connection when the old one broke."""
         pause, end, why = PAUSE_S[0], time.monotonic() + self.patience, "no answer"
         while True:
+            began = time.monotonic()
             try:
                 return self._try(Frame(kind, {**meta, "worker": self.worker}, body))
             except (OSError, FrameError) as error:
                 why = str(error) or type(error).__name__
+                if self._connection is not None:  # a long frame that was under way is no silence
+                    end += max(0.0, self._connection.moved - began)
                 self.close()
             if time.monotonic() + pause > end:
                 raise UserError(
