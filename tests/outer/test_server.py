@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import errno
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dataset.files import DatasetError
-from tests.outer.test_frames import THETA
+from tests.outer.test_async import IDENTITY, SECRET, serving, wait_for
+from tests.outer.test_frames import TERMS, THETA, N
+from train.errors import UserError
 from train.outer import journal as journals
+from train.outer.client import Link
 from train.outer.journal import Journal
+from train.outer.server import Server
 
 
 @contextmanager
@@ -84,3 +90,70 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_journal_going(
     journal.snapshot(lambda: ({}, {"theta": THETA}))
     journal.close()
     assert replayed(tmp_path) == []
+
+
+ONES = np.ones(N, "float32").view(np.uint8)
+
+
+def failing(times: int, then: Callable[..., Any] = lambda *_, **__: None) -> Callable[..., Any]:
+    """A call that says the disk is full so many times, and then does what it should."""
+    left = times
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return then(*args, **kwargs)
+
+    return call
+
+
+def joined(server: Server, name: str, **terms: Any) -> Link:
+    link = Link(f"127.0.0.1:{server.address[1]}", SECRET, name, 60)
+    link.join(replace(TERMS, **terms), IDENTITY, THETA)
+    return link
+
+
+def test_time_goes_on_after_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window that could not be closed is closed when there is space again; a silent worker is found."""
+    terms = {"grace": 0.01, "heartbeat": 3600.0}
+    with serving(tmp_path) as server:
+        links = [joined(server, name, **terms) for name in ("a", "b")]
+        leases = [link.lease()[0] for link in links]
+        whole = server.journal.append
+        events = failing(3, whole)
+
+        def append(meta: dict[str, Any], body: bytes | memoryview = b"") -> None:
+            (whole if meta["kind"] == "push" else events)(meta, body)
+
+        monkeypatch.setattr(server.journal, "append", append)
+        monkeypatch.setattr(server._log, "write", failing(10**9), raising=False)
+        assert links[0].push(leases[0].id, 1.0, ONES) == "applied"
+        wait_for(lambda: server.core.version == 1)
+        assert sum("No space left" in line for line in server.lines) == 1
+        server.core.workers["b"].heard -= 7200
+        wait_for(lambda: server.core.workers["b"].state == "gone")
+        for link in links:
+            link.close()
+
+
+def test_a_server_without_space_for_a_snapshot_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one must be on the disk before anybody trains; any other may fail."""
+    with serving(tmp_path, snapshot_every=1) as server:
+        snapshot = server.journal.snapshot
+        monkeypatch.setattr(server.journal, "snapshot", failing(1, snapshot))
+        with pytest.raises(UserError, match=r"cannot begin.*No space left"):
+            joined(server, "a")
+        monkeypatch.setattr(server.journal, "snapshot", snapshot)
+        link = joined(server, "a")
+        monkeypatch.setattr(server.journal, "snapshot", failing(10**9))
+        for _ in range(2):
+            lease, _ = link.lease()
+            assert link.push(lease.id, 1.0, ONES) == "applied"
+        link.close()
+        want = server.core.fingerprint()
+    with serving(tmp_path) as server:
+        assert server.core.fingerprint() == want and server.core.version == 2

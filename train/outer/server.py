@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from dataset.files import DatasetError
 from train.errors import UserError
 from train.outer.coordinator import Coordinator, Terms
 from train.outer.frames import Connection, Frame, FrameError
@@ -89,7 +90,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until `stop`."""
-        ticker = threading.Thread(target=self._tick, daemon=True)
+        ticker = threading.Thread(target=self._ticks, daemon=True)
         ticker.start()
         self._sock.settimeout(0.2)
         while not self._stop.is_set():
@@ -105,30 +106,39 @@ class Server:
             for connection in list(self._open):
                 _shut(connection)
             if self.core is not None:
-                self.journal.snapshot(self._state)
+                self._snapshot()
             self.journal.close()
-            self._log.close()
+            with contextlib.suppress(OSError):
+                self._log.close()
         self._sock.close()
 
     def stop(self) -> None:
         self._stop.set()
 
-    def _tick(self) -> None:
+    def _ticks(self) -> None:
+        """What time brings about. Nothing that fails may end it: the next tick tries again."""
+        last = ""
         while not self._stop.wait(0.05):
-            with self._changed:
-                core, now = self.core, self.now()
-                if core is None:
-                    continue
-                if self._until_done and core.done and not self._open:
-                    self._stop.set()  # every worker has heard so, and has left
-                due = core.due()
-                if due is not None and now >= due:
-                    self._event("close")
-                for name in core.silent(now):
-                    self._event("gone", worker=name)
-                    self.say(f"{name}: silent for more than {core.terms.heartbeat:g} s")
-                    for connection in [c for c, n in self._open.items() if n == name]:
-                        _shut(connection)
+            try:
+                with self._changed:
+                    if self.core is not None:
+                        self._tick(self.core, self.now())
+                last = ""
+            except Exception as error:
+                if last != (last := repr(error)):
+                    self.say(f"{error!r}; trying again")
+
+    def _tick(self, core: Coordinator, now: float) -> None:
+        if self._until_done and core.done and not self._open:
+            self._stop.set()  # every worker has heard so, and has left
+        due = core.due()
+        if due is not None and now >= due:
+            self._event("close")
+        for name in core.silent(now):
+            self._event("gone", worker=name)
+            self.say(f"{name}: silent for more than {core.terms.heartbeat:g} s")
+            for connection in [c for c, n in self._open.items() if n == name]:
+                _shut(connection)
 
     # ------------------------------------------------------------------------- connections
 
@@ -153,9 +163,12 @@ class Server:
                     sent, received = connection.sent, connection.received
         except FrameError as error:
             self.say(f"{peer[0]}:{peer[1]}: {error}; closed")
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, KeyError | TypeError | ValueError):
-                self.say(f"{peer[0]}:{peer[1]}: a request that makes no sense ({error!r}); closed")
+        except (ConnectionError, TimeoutError):
+            pass  # the worker has left, or comes back over a new line; a stranger said nothing
+        except OSError as error:
+            self.say(f"{peer[0]}:{peer[1]}: {error}; closed")
+        except (KeyError, TypeError, ValueError) as error:
+            self.say(f"{peer[0]}:{peer[1]}: a request that makes no sense ({error!r}); closed")
         finally:
             with self._changed:
                 self._open.pop(connection, None)
@@ -194,7 +207,11 @@ class Server:
             if theta.shape != (terms.n,) or not np.isfinite(theta).all():
                 return Frame("refuse", {"why": f"first θ: {theta.size} values, want {terms.n}, finite"})
             self.core, self.identity = Coordinator(terms, theta), dict(meta["identity"])
-            self.journal.snapshot(self._state)
+            try:
+                self.journal.snapshot(self._state)
+            except (OSError, DatasetError) as error:
+                self.core = None
+                return Frame("refuse", {"why": f"the server cannot begin: {error}"})
         mine, theirs = {**asdict(self.core.terms), **self.identity}, {**asdict(terms), **meta["identity"]}
         differ = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
         if differ:
@@ -257,7 +274,7 @@ class Server:
         self.journal.append(event, memoryview(body))
         verdict = self._apply(event, body)
         if self.journal.full():
-            self.journal.snapshot(self._state)
+            self._snapshot()
         if kind != "push":
             self.record(kind, **fields)
         self._changed.notify_all()
@@ -275,6 +292,13 @@ class Server:
             {"join": core.join, "gone": core.gone, "back": core.back}[event["kind"]](event["worker"], now)
         return ""
 
+    def _snapshot(self) -> None:
+        """Without one, a restart reads more of the journal, and that is all."""
+        try:
+            self.journal.snapshot(self._state)
+        except (OSError, DatasetError) as error:
+            self.say(f"no snapshot: {error}")
+
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         assert self.core is not None
         rest, arrays = self.core.state()
@@ -285,7 +309,7 @@ class Server:
     def record(self, kind: str, **fields: Any) -> None:
         """One line of DIR/metrics.jsonl."""
         version = self.core.version if self.core else 0
-        with contextlib.suppress(ValueError):  # closed: a last request of a server that stops
+        with contextlib.suppress(ValueError, OSError):  # closed, by a server that stops; or a full disk
             line = {"kind": kind, "version": version, **fields, "time": round(time.time(), 3)}
             self._log.write(json.dumps(line) + "\n")
             self._log.flush()
