@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import resource
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from train.errors import UserError
 from train.outer import journal as journals
 from train.outer.client import Link
 from train.outer.journal import Journal
-from train.outer.server import Server
+from train.outer.server import PROVE_S, STRANGERS, Server
 
 
 @contextmanager
@@ -157,3 +158,33 @@ def test_a_server_without_space_for_a_snapshot_goes_on(
         want = server.core.fingerprint()
     with serving(tmp_path) as server:
         assert server.core.fingerprint() == want and server.core.version == 2
+
+
+def test_no_descriptor_left_is_no_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accept() fails for a while: the server says so, and then takes connections again."""
+    with serving(tmp_path) as server:
+
+        class Listener:
+            accept = staticmethod(failing(2, server._sock.accept))
+            close, settimeout = server._sock.close, server._sock.settimeout
+
+        monkeypatch.setattr(server, "_sock", Listener)
+        joined(server, "a").close()
+        assert sum("could not be taken" in line for line in server.lines) == 2
+
+
+def test_strangers_are_few_and_not_for_long(tmp_path: Path) -> None:
+    """Lines that are opened and say nothing take no place from a worker."""
+    with serving(tmp_path) as server:
+        strangers = [socket.create_connection(server.address, timeout=60) for _ in range(2 * STRANGERS)]
+        link = joined(server, "a")
+        assert len(server._strangers) <= STRANGERS
+        hello = strangers[0].recv(4096)
+        assert hello and not strangers[0].recv(4096)  # the oldest were closed
+        server._past += 2 * PROVE_S
+        while strangers[-1].recv(4096):  # the youngest, when their time was over
+            pass
+        assert not server._strangers and link.status()["workers"]  # the worker's line is still open
+        for sock in strangers:
+            sock.close()
+        link.close()

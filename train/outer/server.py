@@ -28,6 +28,8 @@ from train.outer.journal import Journal
 LIMIT = 8 << 30  # bytes of the largest frame that an authenticated worker may send
 POLL_S = 5.0  # a worker that waits for work asks again after this long, so that a dead line is noticed
 SKEW_S = 60.0
+STRANGERS = 32  # connections that have not proved themselves; one more, and the oldest is closed
+PROVE_S = 10.0  # that they have for it
 
 
 class Server:
@@ -48,6 +50,7 @@ class Server:
         self.core: Coordinator | None = None
         self._changed = threading.Condition()
         self._open: dict[Connection, str] = {}
+        self._strangers: dict[socket.socket, float] = {}  # since when, oldest first
         self.bytes: dict[str, list[int]] = {}
         self._past = 0.0
         self._began = time.monotonic()
@@ -94,17 +97,16 @@ class Server:
         ticker.start()
         self._sock.settimeout(0.2)
         while not self._stop.is_set():
-            try:
-                sock, peer = self._sock.accept()
-            except TimeoutError:
-                continue
-            except OSError:
-                break
-            threading.Thread(target=self._serve, args=(sock, peer), daemon=True).start()
+            with contextlib.suppress(TimeoutError):
+                try:
+                    self._accept()
+                except (OSError, RuntimeError) as error:  # no descriptor or thread left: others will go
+                    self.say(f"a connection could not be taken ({error})")
+                    self._stop.wait(1.0)
         ticker.join()
         with self._changed:
-            for connection in list(self._open):
-                _shut(connection)
+            for sock in [*self._strangers, *(c.sock for c in self._open)]:
+                _shut(sock)
             if self.core is not None:
                 self._snapshot()
             self.journal.close()
@@ -115,12 +117,27 @@ class Server:
     def stop(self) -> None:
         self._stop.set()
 
+    def _accept(self) -> None:
+        sock, peer = self._sock.accept()
+        with self._changed:
+            self._strangers[sock] = self.now()
+            if len(self._strangers) > STRANGERS:
+                self._send_off(next(iter(self._strangers)))
+        threading.Thread(target=self._serve, args=(sock, peer), daemon=True).start()
+
+    def _send_off(self, stranger: socket.socket) -> None:
+        """Its thread finds the line closed, and ends."""
+        del self._strangers[stranger]
+        _shut(stranger)
+
     def _ticks(self) -> None:
         """What time brings about. Nothing that fails may end it: the next tick tries again."""
         last = ""
         while not self._stop.wait(0.05):
             try:
                 with self._changed:
+                    for sock in [s for s, since in self._strangers.items() if self.now() > since + PROVE_S]:
+                        self._send_off(sock)
                     if self.core is not None:
                         self._tick(self.core, self.now())
                 last = ""
@@ -138,16 +155,18 @@ class Server:
             self._event("gone", worker=name)
             self.say(f"{name}: silent for more than {core.terms.heartbeat:g} s")
             for connection in [c for c, n in self._open.items() if n == name]:
-                _shut(connection)
+                _shut(connection.sock)
 
     # ------------------------------------------------------------------------- connections
 
     def _serve(self, sock: socket.socket, peer: Any) -> None:
-        sock.settimeout(10)
+        sock.settimeout(PROVE_S)
         connection = Connection(sock)
         sent = received = 0
         try:
             connection.accept(self.secret, LIMIT)
+            with self._changed:
+                self._strangers.pop(sock, None)
             sock.settimeout(None)
             while not self._stop.is_set():
                 frame = connection.receive()
@@ -172,6 +191,7 @@ class Server:
         finally:
             with self._changed:
                 self._open.pop(connection, None)
+                self._strangers.pop(sock, None)
             connection.close()
 
     def _answer(self, frame: Frame) -> Frame:
@@ -346,6 +366,6 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def _shut(connection: Connection) -> None:
+def _shut(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        connection.sock.shutdown(socket.SHUT_RDWR)
+        sock.shutdown(socket.SHUT_RDWR)
