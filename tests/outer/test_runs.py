@@ -17,12 +17,15 @@ import pytest
 import torch
 
 import model
+from model.config import load
+from model.schema import ConfigError
 from tests.outer.test_async import SECRET, serving
 from tests.train.conftest import ROOT, Fit, command, data, equal, place, request_of, text_folder
-from train import checkpoint
+from train import checkpoint, settings
 from train.outer.coordinator import Coordinator
 from train.outer.layout import fragments
 from train.outer.team import PACKAGES
+from train.world import World
 
 __all__ = ["data", "place", "request_of", "text_folder"]
 KINDS = {
@@ -148,3 +151,16 @@ def test_a_worker_of_two_sharded_ranks_is_a_worker(place: Path, data: Path) -> N
     halves = [r["replicas"][0]["outer"].numel() for r in ends["two"].train["outer"]["ranks"]]
     whole = ends["one"].train["outer"]["ranks"][0]["replicas"][0]["outer"].numel()
     assert sum(halves) == whole and max(halves) < whole  # each rank keeps the outer state of its part
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2", "hybrid"])
+def test_a_sharded_worker_cannot_speak_with_the_server(place: Path, parallel: str) -> None:
+    """Rank 0 would push its shard, and take another worker's for the whole."""
+    outer = "outer={kind: async, server: '127.0.0.1:9'}"
+    config = load(str(place / "tiny.yaml"), [outer, f"run.parallel={parallel}"])
+    settings.check(config, World())
+    if parallel == "ddp":
+        settings.check(config, World(0, 2))
+    else:
+        with pytest.raises(ConfigError, match=rf"tiny: run.parallel: {parallel}: .*only its shard"):
+            settings.check(config, World(0, 2))
