@@ -18,7 +18,7 @@ import numpy as np
 from model.sections import OuterConfig
 from train.outer import codec as codecs
 from train.outer import layout
-from train.outer.client import Link, Pulse
+from train.outer.client import Joined, Link, Pulse
 from train.outer.codec import Sender
 from train.outer.coordinator import Lease, Terms
 from train.outer.frames import secret_of
@@ -39,6 +39,9 @@ class Async(NoOuter):
 
     A worker that was killed and comes back finds its lease gone to another or still its own; either way it
     loses at most what it did since its last checkpoint.
+
+    Error feedback counts what arrived: a push that is refused leaves the residual as it was before, and a
+    worker that comes back from a checkpoint drops the residual that a push since then has taken along.
     """
 
     def __init__(
@@ -71,16 +74,19 @@ class Async(NoOuter):
         """Join, with the lease of the checkpoint if it is still ours. Raises UserError."""
         server, secret = str(self.config.server), b""
 
-        def join() -> bool:
+        def join() -> Joined:
             nonlocal secret
             secret = secret_of(self.config.secret_file)
             self._link = Link(server, secret, self.worker, self.config.patience)
             lease = self.lease.id if self.lease else None
-            resumed = self._link.join(self.terms, self.identity, self._local(), lease)
+            joined = self._link.join(self.terms, self.identity, self._local(), lease)
             self._pulse = Pulse(server, secret, self.worker, self.config.heartbeat / 3)
-            return resumed
+            return joined
 
-        if not self._lead(join):
+        resumed, applied = self._lead(join)
+        if self.lease is not None and applied >= self.lease.id:
+            self.sender.residual = None
+        if not resumed:
             self._take()
         self._since = time.monotonic()
 
@@ -103,12 +109,12 @@ class Async(NoOuter):
         def push() -> str:
             assert self._link is not None
             report = {"loss": self.loss, "steps_per_s": lease.steps / seconds if seconds else None}
-            if np.isfinite(delta).all():
-                return self._link.push(lease.id, seconds, self.sender.encode(delta), report)
-            # What is broken is sent without touching the memory of error feedback: the server counts it.
-            return self._link.push(lease.id, seconds, self.sender.codec.encode(delta), report)
+            return self._link.push(lease.id, seconds, self.sender.encode(delta), report)
 
+        before = self.sender.residual
         verdict = self._lead(push)
+        if verdict != "applied":
+            self.sender.residual = before
         self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
         self._take()
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,13 @@ from train.outer.layout import fingerprint
 LIMIT = 8 << 30
 LINE_S = 15.0  # without a byte moved the line is taken for dead; the server answers in 5
 PAUSE_S = (0.05, 2.0)  # between two attempts: doubled from the first to the second
+
+
+class Joined(NamedTuple):
+    """resumed: the worker's lease is its own yet.    applied: the lease of its last push that was taken."""
+
+    resumed: bool
+    applied: int
 
 
 class Link:
@@ -39,13 +46,13 @@ class Link:
 
     def join(
         self, terms: Terms, identity: Mapping[str, str], theta: np.ndarray, lease: int | None = None
-    ) -> bool:
-        """Take part; True when the lease that this worker still has is its own yet."""
+    ) -> Joined:
+        """Take part, with the lease that this worker still has."""
         meta = {"terms": asdict(terms), "identity": dict(identity), "lease": lease, "time": time.time()}
         answer = self.ask("join", meta)
         if answer.kind == "wait":  # the first worker brings the first parameters
             answer = self.ask("join", meta, np.ascontiguousarray(theta, "float32").data)
-        return bool(answer.meta["resumed"])
+        return Joined(bool(answer.meta["resumed"]), int(answer.meta["applied"]))
 
     def lease(self) -> tuple[Lease | None, np.ndarray]:
         """The next work and θ [N] to start from, as soon as there is some; (None, θ) when the run is over."""

@@ -68,11 +68,15 @@ class Lease:
 
 @dataclass
 class Worker:
-    """state: waiting for work, working, or gone. ended and verdict: of its last push; speed: steps/s."""
+    """state: waiting for work, working, or gone. ended and verdict: of its last push; speed: steps/s.
+
+    applied: the lease of its last push that was taken.
+    """
 
     state: str = "waiting"
     lease: Lease | None = None
     ended: int = -1
+    applied: int = -1
     verdict: str = ""
     speed: float = 0.0
     shard: int = -1
@@ -124,7 +128,7 @@ class Coordinator:
         self._count(w, verdict)
         if verdict == "applied":
             self.norms.append(norm)
-            w.steps += mine.steps
+            w.steps, w.applied = w.steps + mine.steps, lease
             self.visited[mine.shard] = max(self.visited[mine.shard], mine.first + mine.steps)
             if not self.window:
                 self.opened = now
@@ -158,6 +162,11 @@ class Coordinator:
         """Workers not heard of for longer than a heartbeat may take."""
         limit = self.terms.heartbeat
         return [n for n, w in self.workers.items() if w.state != "gone" and now - w.heard > limit]
+
+    def applied_of(self, name: str) -> int:
+        """The lease of the last push of a worker that was taken; -1: none was."""
+        w = self.workers.get(name)
+        return w.applied if w else -1
 
     def lease_of(self, name: str) -> Lease | None:
         w = self.workers.get(name)

@@ -241,11 +241,12 @@ class Server:
         if abs(skew) > SKEW_S:
             self.say(f"{meta['worker']}: its clock is {skew:+.0f} s off; harmless here, but not in its logs")
         name, lease = meta["worker"], self.core.lease_of(meta["worker"])
-        if lease is not None and lease.id == meta.get("lease"):
+        resumed = lease is not None and lease.id == meta.get("lease")
+        if resumed:
             self._heard(name, None)
-            return Frame("ack", {"resumed": True})
-        self._event("join", worker=name)
-        return Frame("ack", {"resumed": False})
+        else:
+            self._event("join", worker=name)
+        return Frame("ack", {"resumed": resumed, "applied": self.core.applied_of(name)})
 
     def _wait(self, frame: Frame) -> Frame:
         core, name = self.core, frame.meta["worker"]
