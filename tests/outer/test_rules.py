@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.outer import rules
+from train.outer.coordinator import Coordinator, Terms
 from train.outer.rules import Delayed, Step
 
 
@@ -86,3 +89,28 @@ def test_blend_is_exact_at_its_ends() -> None:
 def test_outliers_need_a_past() -> None:
     assert not rules.outlier(1e9, [1.0] * 15)
     assert rules.outlier(1.1, [1.0] * 16) and not rules.outlier(1.02, [1.0] * 16)
+
+
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_pushes_that_stay_larger_are_taken_in_the_end(names: str) -> None:
+    """A spike is refused; a level that comes again and again is a level, of one shard as of all."""
+    terms = Terms(n=4, total=10**6, plain_from=4, shards=len(names), stale=10**6)
+    core = Coordinator(terms, np.zeros(4, "float32"))
+
+    def push(name: str, size: float) -> str:
+        lease = core.lease_of(name)
+        assert lease is not None
+        return core.push(name, lease.id, 1.0, core.codec.encode(np.full(4, size, "float32")), 0.0)
+
+    for name in names:
+        core.join(name, 0.0)
+    assert [push(n, 1.0) for _ in range(20) for n in names] == ["applied"] * 20 * len(names)
+    assert push("a", 50.0) == "outlier" and push("a", 1.0) == "applied"  # a spike, as before
+    larger = []
+    for _ in range(30):  # shard 0 stays 1.5 times as large; the other one's pushes do not
+        larger.append(push("a", 1.5))
+        assert names == "a" or push("b", 1.0) == "applied"
+        rest, arrays = core.state()
+        core = Coordinator.restore(json.loads(json.dumps(rest)), arrays)
+    assert larger == ["outlier"] * 4 + ["applied"] * 26
+    assert core.outliers == [0] * len(names)  # and has become usual

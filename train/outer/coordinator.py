@@ -24,6 +24,7 @@ from train.outer import rules
 from train.outer.layout import fingerprint
 
 NORMS = 128  # accepted pushes that an outlier is measured against
+INSISTS = 4  # outliers of a shard in a row that are refused; what comes again then is a level, and no spike
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Coordinator:
         self.window: list[tuple[str, np.ndarray]] = []
         self.opened = 0.0
         self.norms: deque[float] = deque(maxlen=NORMS)
+        self.outliers = [0] * terms.shards  # of every shard, in a row
         self.rejected = 0
 
     # ------------------------------------------------------------------------- events
@@ -184,7 +186,9 @@ class Coordinator:
             return "nonfinite", norm
         if self.version - lease.base > self.terms.stale:
             return "stale", norm
-        return ("outlier" if rules.outlier(norm, self.norms) else "applied"), norm
+        row = self.outliers[lease.shard] + 1 if rules.outlier(norm, self.norms) else 0
+        self.outliers[lease.shard] = row
+        return ("outlier" if 0 < row <= INSISTS else "applied"), norm
 
     def _count(self, w: Worker | None, verdict: str) -> str:
         if w is not None:
@@ -245,6 +249,7 @@ class Coordinator:
             "opened": self.opened,
             "norms": list(self.norms),
             "rejected": self.rejected,
+            "outliers": self.outliers,
             "window": [name for name, _ in self.window],
         }
         tensors = {"theta": self.theta, "m": self.memory.m, "s": self.memory.s}
@@ -259,6 +264,7 @@ class Coordinator:
             self.workers[name] = Worker(lease=lease, **w)
         for key in ("version", "visited", "leases", "opened", "rejected"):
             setattr(self, key, rest[key])
+        self.outliers = rest.get("outliers", self.outliers)
         self.norms.extend(rest["norms"])
         self.window = [(name, arrays[f"window{i}"]) for i, name in enumerate(rest["window"])]
         return self
