@@ -21,10 +21,11 @@ from model.config import load
 from model.schema import ConfigError
 from tests.outer.test_async import SECRET, serving
 from tests.train.conftest import ROOT, Fit, command, data, equal, place, request_of, text_folder
-from train import checkpoint, settings
+from train import checkpoint, rundir, settings
 from train.outer.coordinator import Coordinator
 from train.outer.layout import fragments
 from train.outer.team import PACKAGES
+from train.pretrain import main
 from train.world import World
 
 __all__ = ["data", "place", "request_of", "text_folder"]
@@ -124,10 +125,25 @@ def test_a_worker_over_tcp_is_killed_and_comes_back(
     assert np.array_equal(trained, core.theta)  # the worker ended with what the server holds
 
 
+def test_a_worker_that_comes_back_after_the_end_keeps_the_last_parameters(
+    place: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no step to do, so its newest checkpoint has the step of the one to be saved."""
+    monkeypatch.setenv("LATENT_LAB_SECRET", SECRET.decode())
+    with serving(tmp_path / "server") as server:
+        outer = f"outer={{kind: async, every: 6, server: '127.0.0.1:{server.address[1]}', heartbeat: 600.0}}"
+        words = ["--arch", str(place / "tiny.yaml"), "--data", str(data), "--run", str(place / "w")]
+        assert main([*words, "--set", outer]) == 0
+        rundir.set_status(place / "w", "stopped", step=12, total=12)
+        server.core.theta = server.core.theta + 1  # what others did in the meantime
+        assert main([*words, "--set", outer, "--resume"]) == 0
+        ours = np.concatenate([f.get() for f in fragments(model.load(place / "w"))])
+        assert np.array_equal(ours, server.core.theta)
+    assert rundir.status_of(place / "w")["status"] == "complete"
+
+
 def test_user_errors_end_with_2(place: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATENT_LAB_SECRET", SECRET.decode())
-    from train.pretrain import main
-
     sets = "outer={kind: async, server: '127.0.0.1:9', patience: 0.2}"
     words = ["--arch", str(place / "tiny.yaml"), "--data", str(data), "--run", str(place / "x"), "--set"]
     assert main([*words, sets]) == 2
