@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.outer.test_async import SECRET
+from tests.outer.test_async import IDENTITY, SECRET
+from tests.outer.test_frames import TERMS, THETA
 from train.errors import UserError
 from train.outer import client
-from train.outer.client import Link
+from train.outer.client import Link, Stopped
 from train.outer.frames import Connection, Frame
 
 
@@ -83,3 +85,17 @@ def test_patience_is_for_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no answer for 60 s"):
         link.ask("push", {})
     assert clock.now - began < 100
+
+
+def test_who_waits_can_be_stopped() -> None:
+    """A request for work is given up, whether the server has none or is not there; a push is not."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens
+        link = Link(f"127.0.0.1:{taken.getsockname()[1]}", SECRET, "a", 3600.0, stopping=lambda: True)
+        with pytest.raises(Stopped):
+            link.lease()
+        with pytest.raises(Stopped):
+            link.join(TERMS, IDENTITY, THETA)
+        link.patience = 0.0
+        with pytest.raises(UserError, match="no answer"):
+            link.push(0, 1.0, THETA)

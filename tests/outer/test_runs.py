@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -19,10 +20,10 @@ import torch
 import model
 from model.config import load
 from model.schema import ConfigError
-from tests.outer.test_async import SECRET, serving
+from tests.outer.test_async import SECRET, serving, wait_for
 from tests.train.conftest import ROOT, Fit, command, data, equal, place, request_of, text_folder
 from train import checkpoint, rundir, settings
-from train.outer.coordinator import Coordinator
+from train.outer.coordinator import Coordinator, Worker
 from train.outer.layout import fragments
 from train.outer.team import PACKAGES
 from train.pretrain import main
@@ -140,6 +141,37 @@ def test_a_worker_that_comes_back_after_the_end_keeps_the_last_parameters(
         ours = np.concatenate([f.get() for f in fragments(model.load(place / "w"))])
         assert np.array_equal(ours, server.core.theta)
     assert rundir.status_of(place / "w")["status"] == "complete"
+
+
+@pytest.mark.parametrize("idle_from", [0, 1])
+def test_a_worker_without_work_stops_when_told_to(
+    place: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idle_from: int
+) -> None:
+    """SIGTERM while it waits for its first lease, or for its second: saved, and it goes on with --resume."""
+    monkeypatch.setenv("LATENT_LAB_SECRET", SECRET.decode())
+    monkeypatch.setattr("train.outer.server.POLL_S", 0.05)
+    dispatch = Coordinator._dispatch
+
+    def none_left(self: Coordinator, w: Worker) -> None:
+        if self.leases < idle_from:
+            dispatch(self, w)
+
+    with serving(tmp_path / "server") as server, monkeypatch.context() as busy:
+        busy.setattr(Coordinator, "_dispatch", none_left)
+        outer = f"outer={{kind: async, every: 5, server: '127.0.0.1:{server.address[1]}', heartbeat: 600.0}}"
+        words = ["--arch", str(place / "tiny.yaml"), "--data", str(data), "--run", str(place / "w")]
+        words += ["--set", outer]
+
+        def terminate() -> None:
+            wait_for(lambda: server.core and server.core.version == idle_from and server.core.workers)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=terminate).start()
+        assert main(words) == 128 + signal.SIGTERM
+        assert rundir.status_of(place / "w")["step"] == 5 * idle_from
+        busy.undo()
+        assert main([*words, "--resume"]) == 0
+        assert server.core.done and server.core.visited == [12]
 
 
 def test_user_errors_end_with_2(place: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -20,9 +20,11 @@ from train.errors import UserError
 from train.outer.coordinator import Lease, Terms
 from train.outer.frames import Connection, Frame, FrameError, address_of
 from train.outer.layout import fingerprint
+from train.outer.none import never
 
 LIMIT = 8 << 30
 LINE_S = 15.0  # without a byte moved the line is taken for dead; the server answers in 5
+WAITS = ("join", "wait")
 PAUSE_S = (0.05, 2.0)  # between two attempts: doubled from the first to the second
 
 
@@ -33,10 +35,25 @@ class Joined(NamedTuple):
     applied: int
 
 
-class Link:
-    """Requests of one worker. Raises UserError when the server refuses, or does not answer for too long."""
+class Stopped(Exception):
+    """This worker was told to stop while it waited, and has nothing in hand that must be sent."""
 
-    def __init__(self, server: str, secret: bytes, worker: str, patience: float = 60.0) -> None:
+
+class Link:
+    """Requests of one worker. Raises UserError when the server refuses, or does not answer for too long.
+
+    stopping: whether the worker has been told to stop; join and lease then raise Stopped rather than wait.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        secret: bytes,
+        worker: str,
+        patience: float = 60.0,
+        stopping: Callable[[], bool] = never,
+    ) -> None:
+        self.stopping = stopping
         self.server, self.address = server, address_of(server)
         self.secret, self.worker, self.patience = secret, worker, patience
         self.sent = self.received = 0
@@ -60,6 +77,8 @@ class Link:
             answer = self.ask("wait", {})
             if answer.kind == "lease":
                 break
+            if self.stopping():
+                raise Stopped
         theta = np.frombuffer(answer.body, "float32").copy()
         if f"{fingerprint([theta]):016x}" != answer.meta["hash"]:
             raise UserError(f"{self.server}: its parameters do not have the hash that it gave")
@@ -88,6 +107,8 @@ class Link:
                 if self._connection is not None:  # a long frame that was under way is no silence
                     end += max(0.0, self._connection.moved - began)
                 self.close()
+            if kind in WAITS and self.stopping():
+                raise Stopped
             if time.monotonic() + pause > end:
                 raise UserError(
                     f"{self.server}: no answer for {self.patience:g} s ({why}); is the server up?  "

@@ -10,7 +10,7 @@ the length of the run, and at the start the plan, the data and the code.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from train.outer import arrays, codec, layout, rules
 from train.outer.arrays import Array
 from train.outer.exchange import Channel, Comm, Traffic
 from train.outer.layout import Fragment
-from train.outer.none import NoOuter, Place
+from train.outer.none import NoOuter, Place, never
 from train.outer.rules import PLAIN, Step
 from train.world import World
 
@@ -96,7 +96,7 @@ class Lockstep(NoOuter):
         self.stop = False  # this worker wants to stop; all do at the next roll call that says so
         self.stopped = False
 
-    def begin(self, state: Any) -> None:
+    def begin(self, state: Any, stopping: Callable[[], bool] = never) -> None:
         """Before the first step, and after a resume. Raises UserError when workers do not fit together."""
         cards = self._cards({**self.identity, "step": state.step, "outer": self.fingerprint()})
         for key in cards[0]:
