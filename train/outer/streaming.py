@@ -80,11 +80,13 @@ class Streaming(Lockstep):
         return True
 
     def _own_state(self) -> dict[str, Any]:
-        """Waits for what is under way: a mean that has arrived and is not yet due is saved."""
+        """Waits for what is under way: a mean that has arrived and is not yet due is saved.
+
+        A wish to stop that came with it is not: it was meant for the run that ends here.
+        """
         pending = {}
         for i, (due, job) in self._pending.items():
-            stop, mean = job.result()
-            pending[str(i)] = {"due": due, "stop": stop, "mean": layout.saved(mean)}
+            pending[str(i)] = {"due": due, "mean": layout.saved(job.result()[1])}
         return {**super()._own_state(), "pending": pending}
 
     def _load_own(self, state: Mapping[str, Any]) -> None:
@@ -92,5 +94,5 @@ class Streaming(Lockstep):
         for i, entry in state["pending"].items():
             done: Job = Future()
             mean = layout.restored(entry["mean"], self.replicas[int(i)].outer)
-            done.set_result((bool(entry["stop"]), mean))
+            done.set_result((False, mean))
             self._pending[int(i)] = int(entry["due"]), done
