@@ -34,10 +34,10 @@ def test_descend_is_torch_sgd(rule: Step) -> None:
     np.testing.assert_allclose(theta, want, atol=1e-12)
 
 
-@given(st.integers(1, 8), st.sampled_from(["float64", "float32"]))
-def test_delayed_nesterov_on_one_base_is_one_step_on_the_mean(n: int, dtype: str) -> None:
-    """c = 0, N = k, one base: a cycle of pushes is one torch Nesterov step on their mean (invariant 2)."""
-    rng, rule = np.random.default_rng(n), Step()
+@given(st.integers(1, 8), st.sampled_from(["float64", "float32"]), st.booleans())
+def test_delayed_nesterov_on_one_base_is_one_step_on_the_mean(n: int, dtype: str, nesterov: bool) -> None:
+    """c = 0, N = k, one base: a cycle of pushes is one torch step on their mean (invariant 2)."""
+    rng, rule = np.random.default_rng(n), Step(nesterov=nesterov)
     theta = rng.standard_normal(64).astype(dtype)
     pushes = rng.standard_normal((20, n, 64)).astype(dtype)
     want = torch_steps(theta, pushes.mean(1), rule)
@@ -49,6 +49,18 @@ def test_delayed_nesterov_on_one_base_is_one_step_on_the_mean(n: int, dtype: str
     np.testing.assert_allclose(
         theta, want, rtol=1e-12 if dtype == "float64" else 1e-5, atol=1e-12 if dtype == "float64" else 1e-5
     )
+
+
+def test_delayed_heavy_ball_is_the_same_for_every_c() -> None:
+    """What the pushes between take along of the momentum, the N-th takes less."""
+    rng, rule, ends = np.random.default_rng(0), Step(nesterov=False), []
+    pushes = rng.standard_normal((12, 64))
+    for c in (0.0, 0.1, 1 / 3):
+        theta, state = np.ones(64), Delayed(np.zeros(64), np.zeros(64))
+        for g in pushes:
+            theta, state = rules.delayed(theta, g, state, rule, 3, c)
+        ends.append(theta)
+    np.testing.assert_allclose(ends[1:], [ends[0]] * 2, atol=1e-12)
 
 
 def test_delayed_nesterov_with_c_follows_the_formula() -> None:
