@@ -72,9 +72,11 @@ def save(
     config: str,
     keep: int,
     world: World = ALONE,
+    replace: bool = False,
 ) -> Path:
     """Write the checkpoint of `step` and drop all but the newest `keep` + 1. Called on every rank.
 
+    replace: also when there is a whole one of this step already, which stays until the new one is whole.
     Raises DiskFull, with everything that was there before untouched.
     """
     root = folder_of(run)
@@ -83,7 +85,7 @@ def save(
     rest = _split(train, "", tensors)
     need = bytes_of([*model.values(), *tensors.values()]) + SLACK
     try:
-        if world.on_main(lambda: _make_room(run, final, tmp, need)):
+        if world.on_main(lambda: _make_room(run, final, tmp, need, replace)):
             return final
         parts = {MODEL: model, TRAIN: tensors}
         if any_sharded([*model.values(), *tensors.values()]):
@@ -103,9 +105,9 @@ def save(
     return final
 
 
-def _make_room(run: Path, final: Path, tmp: Path, need: int) -> bool:
+def _make_room(run: Path, final: Path, tmp: Path, need: int, replace: bool) -> bool:
     """Whether the checkpoint is there already; otherwise `tmp` is empty and the disk has room for it."""
-    if final.is_dir():
+    if final.is_dir() and not replace:
         with contextlib.suppress(CheckpointError):
             verify(final)
             return True
@@ -130,6 +132,8 @@ def _finish(
     (tmp / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
     _sync(tmp / MANIFEST)
     sync_folder(tmp)
+    if final.is_dir():
+        _remove(final)
     os.rename(tmp, final)
     sync_folder(final.parent)
     write_bytes(final.parent / "latest", final.name.encode())

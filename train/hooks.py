@@ -161,10 +161,10 @@ class RunHooks:
             f"{threshold:.5f}); the stage ends at step {state.schedule.total}"
         )
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, replace: bool = False) -> None:
         run = self.config.run
         tensors, rest = state.model_tensors(), state.state_dict()
-        checkpoint.save(self.run, state.step, tensors, rest, self._text, run.keep, self.world)
+        checkpoint.save(self.run, state.step, tensors, rest, self._text, run.keep, self.world, replace)
         self.log.write("event", state.step, event="save")
 
     def stopping(self) -> bool:

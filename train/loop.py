@@ -38,7 +38,7 @@ class Hooks(Protocol):
     def after_step(self, state: TrainState, result: StepResult) -> None: ...
     def score(self, state: TrainState, tokens: int) -> float: ...
     def evaluate(self, state: TrainState) -> None: ...
-    def save(self, state: TrainState) -> None: ...
+    def save(self, state: TrainState, replace: bool = False) -> None: ...
     def stopping(self) -> bool: ...
 
 
@@ -51,6 +51,9 @@ def fit(state: TrainState, data: Feed, hooks: Hooks, config: Config, world: Worl
     if state.step == 0:
         hooks.evaluate(state)  # a grown model must start where the smaller one ended
     while not state.outer.finished(state):
+        if state.outer.agree(hooks.stopping()):  # also before the first step: it may be long in coming
+            hooks.save(state)
+            return False
         began = time.perf_counter(), time.process_time()
         place = state.outer.place(state.step)
         micros = data.micros(place.step, place.part)
@@ -66,10 +69,7 @@ def fit(state: TrainState, data: Feed, hooks: Hooks, config: Config, world: Worl
             hooks.evaluate(state)  # may find a plateau, and bring the end nearer
         if due(state.step, run.save_every) and not ended:
             hooks.save(state)
-        if state.outer.agree(hooks.stopping()) and not state.outer.finished(state):
-            hooks.save(state)
-            return False
-    hooks.save(state)
+    hooks.save(state, replace=True)  # a worker back after the end has new weights at an old step
     return True
 
 

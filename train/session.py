@@ -139,7 +139,7 @@ def train(stage: Stage, state: TrainState, log: Log, world: World, signals: Sign
     try:
         if stage.saved is None:
             hooks.save(state)  # a full disk shows before hours of work, and growth has its starting point
-        state.outer.begin(state)
+        state.outer.begin(state, lambda: signals.caught is not None)
         with tracer:
             finished = fit(state, feed, hooks, config, world)
     except Diverged:

@@ -42,6 +42,11 @@ def _clashes(config: Config, world: World, rows: int) -> Iterator[str]:
             )
         if optim.kahan:
             yield f"optim.kahan: not with run.parallel: {run.parallel}, whose groups have one type each"
+        if config.outer.kind == "async":
+            yield (
+                f"run.parallel: {run.parallel}: rank 0 speaks with the server of outer.kind: async, and it "
+                f"has only its shard; use ddp, or outer.kind: diloco or streaming"
+            )
         if config.nowcast.every:
             yield f"nowcast: not with run.parallel: {run.parallel}; its history is of whole weights"
     if optim.kahan and run.precision != "bf16":

@@ -309,6 +309,43 @@ def test_resumed_twice_in_the_middle_of_rounds_is_bit_equal(tmp_path: Path) -> N
         assert all(torch.equal(v, saved["opt"]["state"][p][k]) for k, v in moments.items())
 
 
+def test_what_error_feedback_remembers_arrives_once(tmp_path: Path) -> None:
+    """A worker that is killed after a push and comes back from before it does not send its residual again;
+    one that is killed before the push does, for nothing of it has arrived."""
+    options = {"shards": 1, "codec": "e3m0"}
+    with serving(tmp_path) as server:
+        at = f"127.0.0.1:{server.address[1]}"
+        saved = work(at, "w", 40, 8, **options)
+        assert float(saved["outer"]["residual"].abs().max()) > 0
+        for killed_at, kept in ((9, True), (12, False)):  # the second push is made after step 10
+            work(at, "w", 40, killed_at, saved, **options)
+            outer = Async(config(server=at, **options), layout.fragments(Net()), IDENTITY, 40, "w")
+            outer.load_state_dict(saved["outer"])
+            outer.begin(SimpleNamespace(step=8))
+            assert (outer.sender.residual is not None) == kept
+            outer.close()
+
+
+@pytest.mark.parametrize("verdict", ["stale", "outlier", "lost", "nonfinite"])
+def test_a_refused_push_leaves_error_feedback_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verdict: str
+) -> None:
+    with serving(tmp_path) as server:
+        at = f"127.0.0.1:{server.address[1]}"
+        net = Net()
+        outer = Async(config(server=at, shards=1, codec="e3m0"), layout.fragments(net), IDENTITY, 40, "w")
+        outer.begin(SimpleNamespace(step=0))
+        kept = []
+        for step in range(10):
+            inner_step(net, adamw(net), 0, step)
+            outer.maybe_sync(None)
+            kept.append(outer.sender.residual)
+            if step == 4:
+                monkeypatch.setattr(Link, "push", lambda *_: verdict)
+        assert kept[4] is not None and kept[9] is kept[4] and outer.verdicts == {"applied": 1, verdict: 1}
+        outer.close()
+
+
 def test_bytes_are_what_the_wire_takes(tmp_path: Path) -> None:
     """8P a round up and down in fp32, within the frames' overhead; both ends count the same."""
     n = 3 * D * D + 2

@@ -212,7 +212,7 @@ def test_a_clock_that_is_off_does_no_harm(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         link = Link(f"127.0.0.1:{server.address[1]}", SECRET, "late", 60)
         meta = {"terms": asdict(TERMS), "identity": IDENTITY, "lease": None, "time": time.time() - 7200}
-        assert link.ask("join", meta, THETA.tobytes()).meta == {"resumed": False}
+        assert link.ask("join", meta, THETA.tobytes()).meta == {"resumed": False, "applied": -1}
         lease, _ = link.lease()
         code = server.core.codec.encode(np.ones(N, "float32"))
         assert link.push(lease.id, 1.0, code) == "applied"

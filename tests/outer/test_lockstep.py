@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -246,6 +247,28 @@ def test_the_plateau_of_worker_0_ends_the_stage_of_all(kind: str, decay: float) 
     (net, end, began), *others = together(3, work)
     assert 6 < began <= 13 and end == (began if not decay else round(began / (1 - decay)))
     assert all(o[1:] == (end, began) and bits(o[0]) == bits(net) for o in others)
+
+
+def test_a_wish_to_stop_is_not_resumed() -> None:
+    """It travels with every fragment under way when all stop; those are saved, the wish is not."""
+    options = {"kind": "streaming", "every": 8, "fragments": 3, "overlap": 5}
+
+    def work(comm, start: int = 0, saved: Any = None, wish: int = 99) -> tuple[int, Any]:
+        net = Net()
+        outer, opt = make_outer(net, comm, **options), adamw(net)
+        if saved is not None:
+            outer.load_state_dict(saved)
+        state = SimpleNamespace(step=start, schedule=SimpleNamespace(total=99))
+        while state.step < 60 and not outer.agree(comm.rank == 1 and state.step >= wish):
+            inner_step(net, opt, comm.rank, state.step)
+            state.step += 1
+            outer.maybe_sync(state)
+        return state.step, outer.state_dict()
+
+    stopped = together(2, lambda comm: work(comm, wish=20))
+    assert 20 < stopped[0][0] < 40 and stopped[0][1]["ranks"][0]["pending"]
+    resumed = together(2, lambda comm: work(comm, *stopped[comm.rank]))
+    assert [step for step, _ in resumed] == [60, 60]
 
 
 def test_a_meeting_that_breaks_up_raises() -> None:

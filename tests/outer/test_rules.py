@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.outer import rules
+from train.outer.coordinator import Coordinator, Terms
 from train.outer.rules import Delayed, Step
 
 
@@ -31,10 +34,10 @@ def test_descend_is_torch_sgd(rule: Step) -> None:
     np.testing.assert_allclose(theta, want, atol=1e-12)
 
 
-@given(st.integers(1, 8), st.sampled_from(["float64", "float32"]))
-def test_delayed_nesterov_on_one_base_is_one_step_on_the_mean(n: int, dtype: str) -> None:
-    """c = 0, N = k, one base: a cycle of pushes is one torch Nesterov step on their mean (invariant 2)."""
-    rng, rule = np.random.default_rng(n), Step()
+@given(st.integers(1, 8), st.sampled_from(["float64", "float32"]), st.booleans())
+def test_delayed_nesterov_on_one_base_is_one_step_on_the_mean(n: int, dtype: str, nesterov: bool) -> None:
+    """c = 0, N = k, one base: a cycle of pushes is one torch step on their mean (invariant 2)."""
+    rng, rule = np.random.default_rng(n), Step(nesterov=nesterov)
     theta = rng.standard_normal(64).astype(dtype)
     pushes = rng.standard_normal((20, n, 64)).astype(dtype)
     want = torch_steps(theta, pushes.mean(1), rule)
@@ -46,6 +49,18 @@ def test_delayed_nesterov_on_one_base_is_one_step_on_the_mean(n: int, dtype: str
     np.testing.assert_allclose(
         theta, want, rtol=1e-12 if dtype == "float64" else 1e-5, atol=1e-12 if dtype == "float64" else 1e-5
     )
+
+
+def test_delayed_heavy_ball_is_the_same_for_every_c() -> None:
+    """What the pushes between take along of the momentum, the N-th takes less."""
+    rng, rule, ends = np.random.default_rng(0), Step(nesterov=False), []
+    pushes = rng.standard_normal((12, 64))
+    for c in (0.0, 0.1, 1 / 3):
+        theta, state = np.ones(64), Delayed(np.zeros(64), np.zeros(64))
+        for g in pushes:
+            theta, state = rules.delayed(theta, g, state, rule, 3, c)
+        ends.append(theta)
+    np.testing.assert_allclose(ends[1:], [ends[0]] * 2, atol=1e-12)
 
 
 def test_delayed_nesterov_with_c_follows_the_formula() -> None:
@@ -86,3 +101,28 @@ def test_blend_is_exact_at_its_ends() -> None:
 def test_outliers_need_a_past() -> None:
     assert not rules.outlier(1e9, [1.0] * 15)
     assert rules.outlier(1.1, [1.0] * 16) and not rules.outlier(1.02, [1.0] * 16)
+
+
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_pushes_that_stay_larger_are_taken_in_the_end(names: str) -> None:
+    """A spike is refused; a level that comes again and again is a level, of one shard as of all."""
+    terms = Terms(n=4, total=10**6, plain_from=4, shards=len(names), stale=10**6)
+    core = Coordinator(terms, np.zeros(4, "float32"))
+
+    def push(name: str, size: float) -> str:
+        lease = core.lease_of(name)
+        assert lease is not None
+        return core.push(name, lease.id, 1.0, core.codec.encode(np.full(4, size, "float32")), 0.0)
+
+    for name in names:
+        core.join(name, 0.0)
+    assert [push(n, 1.0) for _ in range(20) for n in names] == ["applied"] * 20 * len(names)
+    assert push("a", 50.0) == "outlier" and push("a", 1.0) == "applied"  # a spike, as before
+    larger = []
+    for _ in range(30):  # shard 0 stays 1.5 times as large; the other one's pushes do not
+        larger.append(push("a", 1.5))
+        assert names == "a" or push("b", 1.0) == "applied"
+        rest, arrays = core.state()
+        core = Coordinator.restore(json.loads(json.dumps(rest)), arrays)
+    assert larger == ["outlier"] * 4 + ["applied"] * 26
+    assert core.outliers == [0] * len(names)  # and has become usual

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -17,12 +18,16 @@ import pytest
 import torch
 
 import model
-from tests.outer.test_async import SECRET, serving
+from model.config import load
+from model.schema import ConfigError
+from tests.outer.test_async import SECRET, serving, wait_for
 from tests.train.conftest import ROOT, Fit, command, data, equal, place, request_of, text_folder
-from train import checkpoint, rundir
-from train.outer.coordinator import Coordinator
+from train import checkpoint, rundir, settings
+from train.outer.coordinator import Coordinator, Worker
 from train.outer.layout import fragments
 from train.outer.team import PACKAGES
+from train.pretrain import main
+from train.world import World
 
 __all__ = ["data", "place", "request_of", "text_folder"]
 KINDS = {
@@ -169,10 +174,56 @@ def test_a_worker_over_tcp_is_killed_and_comes_back(
     assert np.array_equal(trained, core.theta)  # the worker ended with what the server holds
 
 
+def test_a_worker_that_comes_back_after_the_end_keeps_the_last_parameters(
+    place: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no step to do, so its newest checkpoint has the step of the one to be saved."""
+    monkeypatch.setenv("LATENT_LAB_SECRET", SECRET.decode())
+    with serving(tmp_path / "server") as server:
+        outer = f"outer={{kind: async, every: 6, server: '127.0.0.1:{server.address[1]}', heartbeat: 600.0}}"
+        words = ["--arch", str(place / "tiny.yaml"), "--data", str(data), "--run", str(place / "w")]
+        assert main([*words, "--set", outer]) == 0
+        rundir.set_status(place / "w", "stopped", step=12, total=12)
+        server.core.theta = server.core.theta + 1  # what others did in the meantime
+        assert main([*words, "--set", outer, "--resume"]) == 0
+        ours = np.concatenate([f.get() for f in fragments(model.load(place / "w"))])
+        assert np.array_equal(ours, server.core.theta)
+    assert rundir.status_of(place / "w")["status"] == "complete"
+
+
+@pytest.mark.parametrize("idle_from", [0, 1])
+def test_a_worker_without_work_stops_when_told_to(
+    place: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, idle_from: int
+) -> None:
+    """SIGTERM while it waits for its first lease, or for its second: saved, and it goes on with --resume."""
+    monkeypatch.setenv("LATENT_LAB_SECRET", SECRET.decode())
+    monkeypatch.setattr("train.outer.server.POLL_S", 0.05)
+    dispatch = Coordinator._dispatch
+
+    def none_left(self: Coordinator, w: Worker) -> None:
+        if self.leases < idle_from:
+            dispatch(self, w)
+
+    with serving(tmp_path / "server") as server, monkeypatch.context() as busy:
+        busy.setattr(Coordinator, "_dispatch", none_left)
+        outer = f"outer={{kind: async, every: 5, server: '127.0.0.1:{server.address[1]}', heartbeat: 600.0}}"
+        words = ["--arch", str(place / "tiny.yaml"), "--data", str(data), "--run", str(place / "w")]
+        words += ["--set", outer]
+
+        def terminate() -> None:
+            wait_for(lambda: server.core and server.core.version == idle_from and server.core.workers)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=terminate).start()
+        assert main(words) == 128 + signal.SIGTERM
+        assert rundir.status_of(place / "w")["step"] == 5 * idle_from
+        busy.undo()
+        assert main([*words, "--resume"]) == 0
+        assert server.core.done and server.core.visited == [12]
+
+
 def test_user_errors_end_with_2(place: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATENT_LAB_SECRET", SECRET.decode())
-    from train.pretrain import main
-
     sets = "outer={kind: async, server: '127.0.0.1:9', patience: 0.2}"
     words = ["--arch", str(place / "tiny.yaml"), "--data", str(data), "--run", str(place / "x"), "--set"]
     assert main([*words, sets]) == 2
@@ -196,3 +247,16 @@ def test_a_worker_of_two_sharded_ranks_is_a_worker(place: Path, data: Path) -> N
     halves = [r["replicas"][0]["outer"].numel() for r in ends["two"].train["outer"]["ranks"]]
     whole = ends["one"].train["outer"]["ranks"][0]["replicas"][0]["outer"].numel()
     assert sum(halves) == whole and max(halves) < whole  # each rank keeps the outer state of its part
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2", "hybrid"])
+def test_a_sharded_worker_cannot_speak_with_the_server(place: Path, parallel: str) -> None:
+    """Rank 0 would push its shard, and take another worker's for the whole."""
+    outer = "outer={kind: async, server: '127.0.0.1:9'}"
+    config = load(str(place / "tiny.yaml"), [outer, f"run.parallel={parallel}"])
+    settings.check(config, World())
+    if parallel == "ddp":
+        settings.check(config, World(0, 2))
+    else:
+        with pytest.raises(ConfigError, match=rf"tiny: run.parallel: {parallel}: .*only its shard"):
+            settings.check(config, World(0, 2))

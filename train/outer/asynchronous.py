@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,12 @@ import numpy as np
 from model.sections import OuterConfig
 from train.outer import codec as codecs
 from train.outer import layout
-from train.outer.client import Link, Pulse
+from train.outer.client import Joined, Link, Pulse, Stopped
 from train.outer.codec import Sender
 from train.outer.coordinator import Lease, Terms
 from train.outer.frames import secret_of
 from train.outer.layout import Fragment
-from train.outer.none import NoOuter, Place
+from train.outer.none import NoOuter, Place, never
 
 
 def terms_of(config: OuterConfig, parts: Sequence[Fragment], total: int) -> Terms:
@@ -39,6 +40,9 @@ class Async(NoOuter):
 
     A worker that was killed and comes back finds its lease gone to another or still its own; either way it
     loses at most what it did since its last checkpoint.
+
+    Error feedback counts what arrived: a push that is refused leaves the residual as it was before, and a
+    worker that comes back from a checkpoint drops the residual that a push since then has taken along.
     """
 
     def __init__(
@@ -67,20 +71,27 @@ class Async(NoOuter):
 
     # ------------------------------------------------------------------------- the loop's side
 
-    def begin(self, state: Any) -> None:
+    def begin(self, state: Any, stopping: Callable[[], bool] = never) -> None:
         """Join, with the lease of the checkpoint if it is still ours. Raises UserError."""
-        server, secret = str(self.config.server), b""
+        server = str(self.config.server)
 
-        def join() -> bool:
-            nonlocal secret
+        def join() -> Joined | None:
             secret = secret_of(self.config.secret_file)
-            self._link = Link(server, secret, self.worker, self.config.patience)
+            self._link = Link(server, secret, self.worker, self.config.patience, stopping)
             lease = self.lease.id if self.lease else None
-            resumed = self._link.join(self.terms, self.identity, self._local(), lease)
+            try:
+                joined = self._link.join(self.terms, self.identity, self._local(), lease)
+            except Stopped:
+                return None
             self._pulse = Pulse(server, secret, self.worker, self.config.heartbeat / 3)
-            return resumed
+            return joined
 
-        if not self._lead(join):
+        joined = self._lead(join)
+        if joined is None:
+            return
+        if self.lease is not None and joined.applied >= self.lease.id:
+            self.sender.residual = None
+        if not joined.resumed:
             self._take()
         self._since = time.monotonic()
 
@@ -103,12 +114,12 @@ class Async(NoOuter):
         def push() -> str:
             assert self._link is not None
             report = {"loss": self.loss, "steps_per_s": lease.steps / seconds if seconds else None}
-            if np.isfinite(delta).all():
-                return self._link.push(lease.id, seconds, self.sender.encode(delta), report)
-            # What is broken is sent without touching the memory of error feedback: the server counts it.
-            return self._link.push(lease.id, seconds, self.sender.codec.encode(delta), report)
+            return self._link.push(lease.id, seconds, self.sender.encode(delta), report)
 
+        before = self.sender.residual
         verdict = self._lead(push)
+        if verdict != "applied":
+            self.sender.residual = before
         self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
         self._take()
 
@@ -128,16 +139,20 @@ class Async(NoOuter):
     # ------------------------------------------------------------------------- inside
 
     def _take(self) -> None:
-        """Wait for the next lease and start from its θ."""
+        """Wait for the next lease and start from its θ. Told to stop meanwhile: no lease, and not done."""
 
-        def ask() -> tuple[Lease | None, np.ndarray]:
+        def ask() -> tuple[Lease | None, np.ndarray] | None:
             assert self._link is not None
-            return self._link.lease()
+            with suppress(Stopped):
+                return self._link.lease()
+            return None
 
-        self.lease, self.base = self._lead(ask)
-        self.done = self.lease is None
+        self.lease, self.base, found = None, None, self._lead(ask)
         self.did, self.seconds, self._since = 0, 0.0, time.monotonic()
-        at = 0
+        if found is None:
+            return
+        self.lease, self.base = found
+        self.done, at = self.lease is None, 0
         for f in self.parts:
             f.put(self.base[at : at + f.size])
             at += f.size

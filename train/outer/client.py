@@ -1,6 +1,6 @@
 """A worker's line to the server: every request may be sent again, so a broken line only costs time.
 
-Link      join, lease, push, status; reconnects until `patience` seconds have passed without an answer
+Link      join, lease, push, status; reconnects until `patience` seconds have passed in which nothing moved
 Pulse     says on a line and thread of its own that the worker lives, also while it computes or saves
 """
 
@@ -10,9 +10,9 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,16 +20,40 @@ from train.errors import UserError
 from train.outer.coordinator import Lease, Terms
 from train.outer.frames import Connection, Frame, FrameError, address_of
 from train.outer.layout import fingerprint
+from train.outer.none import never
 
 LIMIT = 8 << 30
-LINE_S = 15.0  # without a byte in either direction the line is taken for dead; the server answers in 5
+LINE_S = 15.0  # without a byte moved the line is taken for dead; the server answers in 5
+WAITS = ("join", "wait")
 PAUSE_S = (0.05, 2.0)  # between two attempts: doubled from the first to the second
 
 
-class Link:
-    """Requests of one worker. Raises UserError when the server refuses, or does not answer for too long."""
+class Joined(NamedTuple):
+    """resumed: the worker's lease is its own yet.    applied: the lease of its last push that was taken."""
 
-    def __init__(self, server: str, secret: bytes, worker: str, patience: float = 60.0) -> None:
+    resumed: bool
+    applied: int
+
+
+class Stopped(Exception):
+    """This worker was told to stop while it waited, and has nothing in hand that must be sent."""
+
+
+class Link:
+    """Requests of one worker. Raises UserError when the server refuses, or does not answer for too long.
+
+    stopping: whether the worker has been told to stop; join and lease then raise Stopped rather than wait.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        secret: bytes,
+        worker: str,
+        patience: float = 60.0,
+        stopping: Callable[[], bool] = never,
+    ) -> None:
+        self.stopping = stopping
         self.server, self.address = server, address_of(server)
         self.secret, self.worker, self.patience = secret, worker, patience
         self.sent = self.received = 0
@@ -39,13 +63,13 @@ class Link:
 
     def join(
         self, terms: Terms, identity: Mapping[str, str], theta: np.ndarray, lease: int | None = None
-    ) -> bool:
-        """Take part; True when the lease that this worker still has is its own yet."""
+    ) -> Joined:
+        """Take part, with the lease that this worker still has."""
         meta = {"terms": asdict(terms), "identity": dict(identity), "lease": lease, "time": time.time()}
         answer = self.ask("join", meta)
         if answer.kind == "wait":  # the first worker brings the first parameters
             answer = self.ask("join", meta, np.ascontiguousarray(theta, "float32").data)
-        return bool(answer.meta["resumed"])
+        return Joined(bool(answer.meta["resumed"]), int(answer.meta["applied"]))
 
     def lease(self) -> tuple[Lease | None, np.ndarray]:
         """The next work and θ [N] to start from, as soon as there is some; (None, θ) when the run is over."""
@@ -53,6 +77,8 @@ class Link:
             answer = self.ask("wait", {})
             if answer.kind == "lease":
                 break
+            if self.stopping():
+                raise Stopped
         theta = np.frombuffer(answer.body, "float32").copy()
         if f"{fingerprint([theta]):016x}" != answer.meta["hash"]:
             raise UserError(f"{self.server}: its parameters do not have the hash that it gave")
@@ -73,11 +99,16 @@ class Link:
         """One request and its answer, over a new connection when the old one broke."""
         pause, end, why = PAUSE_S[0], time.monotonic() + self.patience, "no answer"
         while True:
+            began = time.monotonic()
             try:
                 return self._try(Frame(kind, {**meta, "worker": self.worker}, body))
             except (OSError, FrameError) as error:
                 why = str(error) or type(error).__name__
+                if self._connection is not None:  # a long frame that was under way is no silence
+                    end += max(0.0, self._connection.moved - began)
                 self.close()
+            if kind in WAITS and self.stopping():
+                raise Stopped
             if time.monotonic() + pause > end:
                 raise UserError(
                     f"{self.server}: no answer for {self.patience:g} s ({why}); is the server up?  "

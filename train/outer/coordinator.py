@@ -24,6 +24,7 @@ from train.outer import rules
 from train.outer.layout import fingerprint
 
 NORMS = 128  # accepted pushes that an outlier is measured against
+INSISTS = 4  # outliers of a shard in a row that are refused; what comes again then is a level, and no spike
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,15 @@ class Lease:
 
 @dataclass
 class Worker:
-    """state: waiting for work, working, or gone. ended and verdict: of its last push; speed: steps/s."""
+    """state: waiting for work, working, or gone. ended and verdict: of its last push; speed: steps/s.
+
+    applied: the lease of its last push that was taken.
+    """
 
     state: str = "waiting"
     lease: Lease | None = None
     ended: int = -1
+    applied: int = -1
     verdict: str = ""
     speed: float = 0.0
     shard: int = -1
@@ -98,6 +103,7 @@ class Coordinator:
         self.window: list[tuple[str, np.ndarray]] = []
         self.opened = 0.0
         self.norms: deque[float] = deque(maxlen=NORMS)
+        self.outliers = [0] * terms.shards  # of every shard, in a row
         self.rejected = 0
 
     # ------------------------------------------------------------------------- events
@@ -124,7 +130,7 @@ class Coordinator:
         self._count(w, verdict)
         if verdict == "applied":
             self.norms.append(norm)
-            w.steps += mine.steps
+            w.steps, w.applied = w.steps + mine.steps, lease
             self.visited[mine.shard] = max(self.visited[mine.shard], mine.first + mine.steps)
             if not self.window:
                 self.opened = now
@@ -159,6 +165,11 @@ class Coordinator:
         limit = self.terms.heartbeat
         return [n for n, w in self.workers.items() if w.state != "gone" and now - w.heard > limit]
 
+    def applied_of(self, name: str) -> int:
+        """The lease of the last push of a worker that was taken; -1: none was."""
+        w = self.workers.get(name)
+        return w.applied if w else -1
+
     def lease_of(self, name: str) -> Lease | None:
         w = self.workers.get(name)
         return w.lease if w else None
@@ -175,7 +186,9 @@ class Coordinator:
             return "nonfinite", norm
         if self.version - lease.base > self.terms.stale:
             return "stale", norm
-        return ("outlier" if rules.outlier(norm, self.norms) else "applied"), norm
+        row = self.outliers[lease.shard] + 1 if rules.outlier(norm, self.norms) else 0
+        self.outliers[lease.shard] = row
+        return ("outlier" if 0 < row <= INSISTS else "applied"), norm
 
     def _count(self, w: Worker | None, verdict: str) -> str:
         if w is not None:
@@ -236,6 +249,7 @@ class Coordinator:
             "opened": self.opened,
             "norms": list(self.norms),
             "rejected": self.rejected,
+            "outliers": self.outliers,
             "window": [name for name, _ in self.window],
         }
         tensors = {"theta": self.theta, "m": self.memory.m, "s": self.memory.s}
@@ -250,6 +264,7 @@ class Coordinator:
             self.workers[name] = Worker(lease=lease, **w)
         for key in ("version", "visited", "leases", "opened", "rejected"):
             setattr(self, key, rest[key])
+        self.outliers = rest.get("outliers", self.outliers)
         self.norms.extend(rest["norms"])
         self.window = [(name, arrays[f"window{i}"]) for i, name in enumerate(rest["window"])]
         return self

@@ -23,6 +23,7 @@ import json
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ HEADER = struct.Struct(">4sB3xIQQ")
 TAG = 32
 META_LIMIT = 1 << 20
 SMALL = 4096  # bytes of a frame before the other side has proved itself
+CHUNK = 1 << 20  # bytes handed to the system in one call
 KINDS = ("hello", "prove", "welcome", "join", "lease", "push", "ack", "beat", "status", "refuse", "wait")
 OPEN_KEY = b"\0" * 32  # of frames before the handshake: a checksum only
 VARIABLE = "LATENT_LAB_SECRET"
@@ -104,18 +106,27 @@ class Reader:
 
 
 class Connection:
-    """A socket that speaks frames. Counts every byte that it hands to the system, frames and all."""
+    """A socket that speaks frames. Counts every byte that it hands to the system, frames and all.
+
+    A timeout of the socket is for a line on which nothing moves, however long a frame takes.
+    moved: `time.monotonic()` of the last byte in either direction.
+    """
 
     def __init__(self, sock: socket.socket, limit: int = SMALL) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock, self.reader = sock, Reader(limit=limit)
         self.key, self.number = OPEN_KEY, 0
         self.sent = self.received = 0
+        self.moved = time.monotonic()
 
     def send(self, frame: Frame) -> None:
         for piece in pack(frame, self.key, self.number):
-            self.sock.sendall(piece)
-            self.sent += len(piece)
+            view = memoryview(piece)
+            while view:  # not `sendall`, whose timeout is for the whole
+                gone = self.sock.send(view[:CHUNK])
+                view = view[gone:]
+                self.sent += gone
+                self.moved = time.monotonic()
         self.number += 1
 
     def receive(self) -> Frame:
@@ -130,6 +141,7 @@ class Connection:
                 raise ConnectionError("the other side closed the connection")
             view = view[got:]
             self.received += got
+            self.moved = time.monotonic()
         return out
 
     def close(self) -> None:

@@ -7,11 +7,13 @@
     event:  length of meta u32 | length of body u64 | meta JSON | body | blake3 16
 
 A restart loads the newest whole snapshot and applies its journal again; a last event that was cut off was
-never answered, so its worker sends it again. Snapshots are written aside, forced to the disk and renamed.
+never answered, so its worker sends it again. An event that cannot be written leaves nothing behind, for
+what comes after a cut would not be read. Snapshots are written aside, forced to the disk and renamed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -26,7 +28,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dataset.files import sync_folder, write_bytes
+from dataset.files import write_bytes
 from train.errors import UserError
 
 HEAD = struct.Struct(">IQ")
@@ -85,31 +87,48 @@ class Journal:
                 yield json.loads(text), content
                 at = end
                 self.events += 1
-        self._file = open(path, "ab")  # noqa: SIM115
-        self._file.truncate(at)
+        self._open(at)
 
     def append(self, meta: dict[str, Any], body: bytes | memoryview = b"") -> None:
-        """Force one event to the disk."""
+        """Force one event to the disk; all of it, or nothing and the OSError."""
         assert self._file is not None
+        at = self._file.tell()
         text, body = json.dumps(meta).encode(), memoryview(body).cast("B")
         head = HEAD.pack(len(text), len(body)) + text
         check = blake3.blake3(head).update(body).digest(CHECK)
-        for piece in (head, body, check):
-            self._file.write(piece)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            for piece in (head, body, check):
+                self._file.write(piece)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.close()  # what is left in its buffer must not be written later
+            self._open(at)
+            raise
         self.events += 1
 
+    def _open(self, at: int) -> None:
+        """The journal, cut to its first `at` bytes."""
+        path = self._events(self.number)
+        os.truncate(path, at)
+        self._file = open(path, "ab")  # noqa: SIM115
+
     def snapshot(self, state: Callable[[], tuple[dict[str, Any], dict[str, np.ndarray]]]) -> None:
-        """Begin a new generation; the one before stays until the next."""
+        """Begin a new generation; the one before stays until the next. If it fails, the old one goes on."""
         rest, arrays = state()
         arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
-        write_bytes(self._snapshot(self.number + 1), save(arrays, {"state": json.dumps(rest)}))
+        new = self.number + 1
+        events = open(self._events(new), "wb")  # noqa: SIM115
+        try:
+            write_bytes(self._snapshot(new), save(arrays, {"state": json.dumps(rest)}))
+        except Exception:
+            events.close()
+            self._snapshot(new).unlink(missing_ok=True)  # it would hide what the old journal still gets
+            raise
         if self._file is not None:
             self._file.close()
-        self.number, self.events = self.number + 1, 0
-        self._file = open(self._events(self.number), "wb")  # noqa: SIM115
-        sync_folder(self.folder)
+        self._file, self.number, self.events = events, new, 0
         for old in range(max(0, self.number - 3), self.number - 1):
             self._snapshot(old).unlink(missing_ok=True)
             self._events(old).unlink(missing_ok=True)

@@ -11,7 +11,7 @@ whether worker 0 has found a plateau: what only one of them knows, all do at the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from train.outer import arrays, codec, layout, rules
 from train.outer.arrays import Array
 from train.outer.exchange import Channel, Comm, Traffic
 from train.outer.layout import Fragment
-from train.outer.none import NoOuter, Place
+from train.outer.none import NoOuter, Place, never
 from train.outer.rules import PLAIN, Step
 from train.sharding import any_sharded
 from train.world import World
@@ -107,7 +107,7 @@ class Lockstep(NoOuter):
         self.stopped = False
         self.flat = False  # this worker's plateau rule says that the stage is over
 
-    def begin(self, state: Any) -> None:
+    def begin(self, state: Any, stopping: Callable[[], bool] = never) -> None:
         """Before the first step, and after a resume. Raises UserError when workers do not fit together."""
         cards = self._cards({**self.identity, "step": state.step, "outer": self.fingerprint()})
         for key in cards[0]:

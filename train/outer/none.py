@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
@@ -12,11 +13,18 @@ class Place(NamedTuple):
     step: int
 
 
+def never() -> bool:
+    return False
+
+
 class NoOuter:
     """The interface of the outer loops, and nothing behind it."""
 
-    def begin(self, state: Any) -> None:
-        """Before the first step, and after a resume: meet the others. Raises UserError."""
+    def begin(self, state: Any, stopping: Callable[[], bool] = never) -> None:
+        """Before the first step, and after a resume: meet the others. Raises UserError.
+
+        stopping: whether this worker has been told to stop; for one that waits alone, here and later.
+        """
 
     def place(self, step: int) -> Place:
         """The place of this worker's next step, `step` being the number of those behind it."""

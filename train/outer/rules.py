@@ -9,6 +9,7 @@ Shape legend: N values of a vector  k workers.
     s <- s + g
     every N-th:  m <- βm + s/N    θ <- θ - ε((1 - cN + c)βm + g/N)    s <- 0
     others:                       θ <- θ - ε(cβm + g/N)
+    Without Nesterov the N-th takes the m from before its update: a cycle is then one step of heavy ball.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def delayed(
     if count < n:
         return theta - rule.lr * (c * beta * state.m + g / n), Delayed(state.m, s, count)
     m = beta * state.m + s / n
-    theta = theta - rule.lr * ((1 - c * n + c) * beta * m + g / n)
+    ahead = m if rule.nesterov else state.m
+    theta = theta - rule.lr * ((1 - c * n + c) * beta * ahead + g / n)
     return theta, Delayed(m, s * 0, 0)
 
 

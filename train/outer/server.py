@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from dataset.files import DatasetError
 from train.errors import UserError
 from train.outer.coordinator import Coordinator, Terms
 from train.outer.frames import Connection, Frame, FrameError
@@ -27,6 +28,8 @@ from train.outer.journal import Journal
 LIMIT = 8 << 30  # bytes of the largest frame that an authenticated worker may send
 POLL_S = 5.0  # a worker that waits for work asks again after this long, so that a dead line is noticed
 SKEW_S = 60.0
+STRANGERS = 32  # connections that have not proved themselves; one more, and the oldest is closed
+PROVE_S = 10.0  # that they have for it
 
 
 class Server:
@@ -47,6 +50,7 @@ class Server:
         self.core: Coordinator | None = None
         self._changed = threading.Condition()
         self._open: dict[Connection, str] = {}
+        self._strangers: dict[socket.socket, float] = {}  # since when, oldest first
         self.bytes: dict[str, list[int]] = {}
         self._past = 0.0
         self._began = time.monotonic()
@@ -89,55 +93,80 @@ class Server:
 
     def run(self) -> None:
         """Serve until `stop`."""
-        ticker = threading.Thread(target=self._tick, daemon=True)
+        ticker = threading.Thread(target=self._ticks, daemon=True)
         ticker.start()
         self._sock.settimeout(0.2)
         while not self._stop.is_set():
-            try:
-                sock, peer = self._sock.accept()
-            except TimeoutError:
-                continue
-            except OSError:
-                break
-            threading.Thread(target=self._serve, args=(sock, peer), daemon=True).start()
+            with contextlib.suppress(TimeoutError):
+                try:
+                    self._accept()
+                except (OSError, RuntimeError) as error:  # no descriptor or thread left: others will go
+                    self.say(f"a connection could not be taken ({error})")
+                    self._stop.wait(1.0)
         ticker.join()
         with self._changed:
-            for connection in list(self._open):
-                _shut(connection)
+            for sock in [*self._strangers, *(c.sock for c in self._open)]:
+                _shut(sock)
             if self.core is not None:
-                self.journal.snapshot(self._state)
+                self._snapshot()
             self.journal.close()
-            self._log.close()
+            with contextlib.suppress(OSError):
+                self._log.close()
         self._sock.close()
 
     def stop(self) -> None:
         self._stop.set()
 
-    def _tick(self) -> None:
+    def _accept(self) -> None:
+        sock, peer = self._sock.accept()
+        with self._changed:
+            self._strangers[sock] = self.now()
+            if len(self._strangers) > STRANGERS:
+                self._send_off(next(iter(self._strangers)))
+        threading.Thread(target=self._serve, args=(sock, peer), daemon=True).start()
+
+    def _send_off(self, stranger: socket.socket) -> None:
+        """Its thread finds the line closed, and ends."""
+        del self._strangers[stranger]
+        _shut(stranger)
+
+    def _ticks(self) -> None:
+        """What time brings about. Nothing that fails may end it: the next tick tries again."""
+        last = ""
         while not self._stop.wait(0.05):
-            with self._changed:
-                core, now = self.core, self.now()
-                if core is None:
-                    continue
-                if self._until_done and core.done and not self._open:
-                    self._stop.set()  # every worker has heard so, and has left
-                due = core.due()
-                if due is not None and now >= due:
-                    self._event("close")
-                for name in core.silent(now):
-                    self._event("gone", worker=name)
-                    self.say(f"{name}: silent for more than {core.terms.heartbeat:g} s")
-                    for connection in [c for c, n in self._open.items() if n == name]:
-                        _shut(connection)
+            try:
+                with self._changed:
+                    for sock in [s for s, since in self._strangers.items() if self.now() > since + PROVE_S]:
+                        self._send_off(sock)
+                    if self.core is not None:
+                        self._tick(self.core, self.now())
+                last = ""
+            except Exception as error:
+                if last != (last := repr(error)):
+                    self.say(f"{error!r}; trying again")
+
+    def _tick(self, core: Coordinator, now: float) -> None:
+        if self._until_done and core.done and not self._open:
+            self._stop.set()  # every worker has heard so, and has left
+        due = core.due()
+        if due is not None and now >= due:
+            self._event("close")
+        for name in core.silent(now):
+            self._event("gone", worker=name)
+            self.say(f"{name}: silent for more than {core.terms.heartbeat:g} s")
+            for connection in [c for c, n in self._open.items() if n == name]:
+                _shut(connection.sock)
 
     # ------------------------------------------------------------------------- connections
 
     def _serve(self, sock: socket.socket, peer: Any) -> None:
-        sock.settimeout(10)
+        sock.settimeout(PROVE_S)
         connection = Connection(sock)
         sent = received = 0
         try:
             connection.accept(self.secret, LIMIT)
+            with self._changed:
+                self._strangers.pop(sock, None)
             sock.settimeout(None)
             while not self._stop.is_set():
                 frame = connection.receive()
@@ -153,12 +182,16 @@ class Server:
                     sent, received = connection.sent, connection.received
         except FrameError as error:
             self.say(f"{peer[0]}:{peer[1]}: {error}; closed")
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, KeyError | TypeError | ValueError):
-                self.say(f"{peer[0]}:{peer[1]}: a request that makes no sense ({error!r}); closed")
+        except (ConnectionError, TimeoutError):
+            pass  # the worker has left, or comes back over a new line; a stranger said nothing
+        except OSError as error:
+            self.say(f"{peer[0]}:{peer[1]}: {error}; closed")
+        except (KeyError, TypeError, ValueError) as error:
+            self.say(f"{peer[0]}:{peer[1]}: a request that makes no sense ({error!r}); closed")
         finally:
             with self._changed:
                 self._open.pop(connection, None)
+                self._strangers.pop(sock, None)
             connection.close()
 
     def _answer(self, frame: Frame) -> Frame:
@@ -194,7 +227,11 @@ class Server:
             if theta.shape != (terms.n,) or not np.isfinite(theta).all():
                 return Frame("refuse", {"why": f"first θ: {theta.size} values, want {terms.n}, finite"})
             self.core, self.identity = Coordinator(terms, theta), dict(meta["identity"])
-            self.journal.snapshot(self._state)
+            try:
+                self.journal.snapshot(self._state)
+            except (OSError, DatasetError) as error:
+                self.core = None
+                return Frame("refuse", {"why": f"the server cannot begin: {error}"})
         mine, theirs = {**asdict(self.core.terms), **self.identity}, {**asdict(terms), **meta["identity"]}
         differ = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
         if differ:
@@ -204,11 +241,12 @@ class Server:
         if abs(skew) > SKEW_S:
             self.say(f"{meta['worker']}: its clock is {skew:+.0f} s off; harmless here, but not in its logs")
         name, lease = meta["worker"], self.core.lease_of(meta["worker"])
-        if lease is not None and lease.id == meta.get("lease"):
+        resumed = lease is not None and lease.id == meta.get("lease")
+        if resumed:
             self._heard(name, None)
-            return Frame("ack", {"resumed": True})
-        self._event("join", worker=name)
-        return Frame("ack", {"resumed": False})
+        else:
+            self._event("join", worker=name)
+        return Frame("ack", {"resumed": resumed, "applied": self.core.applied_of(name)})
 
     def _wait(self, frame: Frame) -> Frame:
         core, name = self.core, frame.meta["worker"]
@@ -257,7 +295,7 @@ class Server:
         self.journal.append(event, memoryview(body))
         verdict = self._apply(event, body)
         if self.journal.full():
-            self.journal.snapshot(self._state)
+            self._snapshot()
         if kind != "push":
             self.record(kind, **fields)
         self._changed.notify_all()
@@ -275,6 +313,13 @@ class Server:
             {"join": core.join, "gone": core.gone, "back": core.back}[event["kind"]](event["worker"], now)
         return ""
 
+    def _snapshot(self) -> None:
+        """Without one, a restart reads more of the journal, and that is all."""
+        try:
+            self.journal.snapshot(self._state)
+        except (OSError, DatasetError) as error:
+            self.say(f"no snapshot: {error}")
+
     def _state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         assert self.core is not None
         rest, arrays = self.core.state()
@@ -285,7 +330,7 @@ class Server:
     def record(self, kind: str, **fields: Any) -> None:
         """One line of DIR/metrics.jsonl."""
         version = self.core.version if self.core else 0
-        with contextlib.suppress(ValueError):  # closed: a last request of a server that stops
+        with contextlib.suppress(ValueError, OSError):  # closed, by a server that stops; or a full disk
             line = {"kind": kind, "version": version, **fields, "time": round(time.time(), 3)}
             self._log.write(json.dumps(line) + "\n")
             self._log.flush()
@@ -322,6 +367,6 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def _shut(connection: Connection) -> None:
+def _shut(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        connection.sock.shutdown(socket.SHUT_RDWR)
+        sock.shutdown(socket.SHUT_RDWR)

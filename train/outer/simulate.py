@@ -76,8 +76,10 @@ def simulate(
             continue
         now, _, name, lease, work = heapq.heappop(heap)
         base = bases.pop(lease.id)
+        before = senders[name].residual
         code = senders[name].encode(base - train(name, base.copy(), lease))
-        c.push(name, lease.id, work, code, now)
+        if c.push(name, lease.id, work, code, now) != "applied":
+            senders[name].residual = before
         pushes, sent = pushes + 1, sent + size
         start(now)
         if watch:

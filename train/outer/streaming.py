@@ -77,11 +77,14 @@ class Streaming(Lockstep):
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _own_state(self) -> dict[str, Any]:
-        """Waits for what is under way: a mean that has arrived and is not yet due is saved."""
+        """Waits for what is under way: a mean that has arrived and is not yet due is saved.
+
+        A wish to stop that came with it is not: it was meant for the run that ends here.
+        """
         pending = {}
         for i, (due, job) in self._pending.items():
             heard, mean = job.result()
-            pending[str(i)] = {"due": due, **heard._asdict(), "mean": layout.saved(mean)}
+            pending[str(i)] = {"due": due, "plateau": heard.plateau, "mean": layout.saved(mean)}
         return {**super()._own_state(), "pending": pending}
 
     def _load_own(self, state: Mapping[str, Any]) -> None:
@@ -89,5 +92,5 @@ class Streaming(Lockstep):
         for i, entry in state["pending"].items():
             done: Job = Future()
             mean = layout.restored(entry["mean"], self.replicas[int(i)].outer)
-            done.set_result((Heard(bool(entry["stop"]), bool(entry["plateau"])), mean))
+            done.set_result((Heard(stop=False, plateau=bool(entry["plateau"])), mean))
             self._pending[int(i)] = int(entry["due"]), done

@@ -58,7 +58,8 @@ def serve(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+    with suppress(OSError):  # a full disk, or nobody who reads: no reason to end
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def is_address(text: str) -> bool:
