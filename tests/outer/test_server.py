@@ -7,7 +7,7 @@ import resource
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +169,8 @@ def test_no_descriptor_left_is_no_end(tmp_path: Path, monkeypatch: pytest.Monkey
             close, settimeout = server._sock.close, server._sock.settimeout
 
         monkeypatch.setattr(server, "_sock", Listener)
+        wait_for(lambda: sum("could not be taken" in line for line in server.lines) == 2)
         joined(server, "a").close()
-        assert sum("could not be taken" in line for line in server.lines) == 2
 
 
 def test_strangers_are_few_and_not_for_long(tmp_path: Path) -> None:
@@ -188,3 +188,57 @@ def test_strangers_are_few_and_not_for_long(tmp_path: Path) -> None:
         for sock in strangers:
             sock.close()
         link.close()
+
+
+def test_a_finished_server_that_is_started_again_waits_for_its_workers(tmp_path: Path) -> None:
+    """--until-done: it ends when all have heard that the run is over, or are silent for a heartbeat."""
+    with serving(tmp_path) as server:
+        a, b = joined(server, "a"), joined(server, "b")
+        for link, (lease, _) in [(link, link.lease()) for link in (a, b)]:
+            assert link.push(lease.id, 1.0, ONES) == "applied"
+        assert server.core.done
+        a.close()
+        b.close()
+    with serving(tmp_path, until_done=True) as server:
+        for link in (a, b):
+            link.server, link.address = "again", server.address
+        assert a.lease()[0] is None
+        a.close()
+        wait_for(lambda: not server._open)
+        with server._changed:
+            assert server._awaited(server.core) == ["b"]
+        assert not server._stop.wait(0.3)  # six ticks
+        assert b.lease()[0] is None
+        b.close()
+        wait_for(server._stop.is_set)
+    with serving(tmp_path, until_done=True) as server:
+        server.core.workers["a"].heard -= 7200
+        server.core.workers["b"].heard -= 7200
+        wait_for(server._stop.is_set)
+
+
+def test_a_body_is_no_larger_than_the_model(tmp_path: Path) -> None:
+    """Larger ones are refused by their header, as soon as the model is known; a late first θ is not."""
+    n = 1 << 19  # 2 MB
+    theta, terms = np.zeros(n, "float32"), {"n": n, "plain_from": n, "codec": "e3m0"}
+    with serving(tmp_path) as server:
+        link = Link(f"127.0.0.1:{server.address[1]}", SECRET, "a", 60)
+        link.join(replace(TERMS, **terms), IDENTITY, theta)
+        meta = {"terms": asdict(replace(TERMS, **terms)), "identity": IDENTITY, "lease": None}
+        assert link.ask("join", meta, theta.data).kind == "ack"
+        link.patience = 0.0
+        with pytest.raises(UserError, match="no answer"):
+            link.push(0, 1.0, np.zeros(4 * n + 1, np.uint8))
+        wait_for(lambda: any(f"at most {4 * n} are taken" in line for line in server.lines))
+        link.close()
+
+
+def test_a_push_is_answered_with_version_and_staleness(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        a, b = joined(server, "a"), joined(server, "b")
+        (first, _), (second, _) = a.lease(), b.lease()
+        assert a.push(first.id, 1.0, ONES) == "applied" and (a.version, a.staleness) == (1, 0)
+        assert b.push(second.id, 1.0, ONES) == "applied" and (b.version, b.staleness) == (2, 1)
+        assert b.push(second.id, 1.0, ONES) == "applied" and (b.version, b.staleness) == (2, None)
+        a.close()
+        b.close()

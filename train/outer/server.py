@@ -22,10 +22,10 @@ import numpy as np
 from dataset.files import DatasetError
 from train.errors import UserError
 from train.outer.coordinator import Coordinator, Terms
-from train.outer.frames import Connection, Frame, FrameError
+from train.outer.frames import META_LIMIT, Connection, Frame, FrameError
 from train.outer.journal import Journal
 
-LIMIT = 8 << 30  # bytes of the largest frame that an authenticated worker may send
+LIMIT = 8 << 30  # bytes of the first θ, before it is known how large the model is
 POLL_S = 5.0  # a worker that waits for work asks again after this long, so that a dead line is noticed
 SKEW_S = 60.0
 STRANGERS = 32  # connections that have not proved themselves; one more, and the oldest is closed
@@ -50,6 +50,7 @@ class Server:
         self.core: Coordinator | None = None
         self._changed = threading.Condition()
         self._open: dict[Connection, str] = {}
+        self._told: set[str] = set()  # workers that know the run to be over
         self._strangers: dict[socket.socket, float] = {}  # since when, oldest first
         self.bytes: dict[str, list[int]] = {}
         self._past = 0.0
@@ -145,9 +146,13 @@ class Server:
                 if last != (last := repr(error)):
                     self.say(f"{error!r}; trying again")
 
+    def _awaited(self, core: Coordinator) -> list[str]:
+        """Workers that may yet come to hear that the run is over: they would not find the server."""
+        return [n for n, w in core.workers.items() if n not in self._told and w.state != "gone"]
+
     def _tick(self, core: Coordinator, now: float) -> None:
-        if self._until_done and core.done and not self._open:
-            self._stop.set()  # every worker has heard so, and has left
+        if self._until_done and core.done and not self._open and not self._awaited(core):
+            self._stop.set()
         due = core.due()
         if due is not None and now >= due:
             self._event("close")
@@ -169,6 +174,7 @@ class Server:
                 self._strangers.pop(sock, None)
             sock.settimeout(None)
             while not self._stop.is_set():
+                connection.reader.limit = self._limit()
                 frame = connection.receive()
                 name = str(frame.meta.get("worker", ""))
                 with self._changed:
@@ -176,6 +182,8 @@ class Server:
                 answer = self._answer(frame)
                 connection.send(answer)
                 with self._changed:
+                    if answer.meta.get("done"):
+                        self._told.add(name)
                     total = self.bytes.setdefault(name, [0, 0]) if name else [0, 0]
                     total[0] += connection.received - received
                     total[1] += connection.sent - sent
@@ -193,6 +201,14 @@ class Server:
                 self._open.pop(connection, None)
                 self._strangers.pop(sock, None)
             connection.close()
+
+    def _limit(self) -> int:
+        """Bytes of the largest frame that a worker may send now."""
+        core = self.core
+        if core is None:
+            return LIMIT
+        n = core.terms.n  # a θ that comes too late to be the first is read, and not needed
+        return max(META_LIMIT, 4 * n, core.codec.size(n))
 
     def _answer(self, frame: Frame) -> Frame:
         handlers = {"join": self._join, "wait": self._wait, "push": self._push, "beat": self._beat}
@@ -274,7 +290,7 @@ class Server:
         w = core.workers[meta["worker"]]
         lease = core.lease_of(meta["worker"])
         if w.ended == meta["lease"]:
-            return Frame("ack", {"verdict": w.verdict, "again": True})
+            return Frame("ack", {"verdict": w.verdict, "version": core.version, "stale": None})
         base = lease.base if lease else -1
         fields = {"worker": meta["worker"], "lease": int(meta["lease"]), "seconds": float(meta["seconds"])}
         stale = core.version - base if lease else None
@@ -282,7 +298,7 @@ class Server:
         self.record("push", **fields, verdict=verdict, stale=stale, bytes=want, **(meta.get("report") or {}))
         if verdict != "applied":
             self.say(f"{meta['worker']}: push of lease {meta['lease']} {verdict}")
-        return Frame("ack", {"verdict": verdict})
+        return Frame("ack", {"verdict": verdict, "version": core.version, "stale": stale})
 
     def _beat(self, frame: Frame) -> Frame:
         return Frame("ack")
