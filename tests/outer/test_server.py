@@ -169,8 +169,8 @@ def test_no_descriptor_left_is_no_end(tmp_path: Path, monkeypatch: pytest.Monkey
             close, settimeout = server._sock.close, server._sock.settimeout
 
         monkeypatch.setattr(server, "_sock", Listener)
+        wait_for(lambda: sum("could not be taken" in line for line in server.lines) == 2)
         joined(server, "a").close()
-        assert sum("could not be taken" in line for line in server.lines) == 2
 
 
 def test_strangers_are_few_and_not_for_long(tmp_path: Path) -> None:
@@ -188,3 +188,30 @@ def test_strangers_are_few_and_not_for_long(tmp_path: Path) -> None:
         for sock in strangers:
             sock.close()
         link.close()
+
+
+def test_a_finished_server_that_is_started_again_waits_for_its_workers(tmp_path: Path) -> None:
+    """--until-done: it ends when all have heard that the run is over, or are silent for a heartbeat."""
+    with serving(tmp_path) as server:
+        a, b = joined(server, "a"), joined(server, "b")
+        for link, (lease, _) in [(link, link.lease()) for link in (a, b)]:
+            assert link.push(lease.id, 1.0, ONES) == "applied"
+        assert server.core.done
+        a.close()
+        b.close()
+    with serving(tmp_path, until_done=True) as server:
+        for link in (a, b):
+            link.server, link.address = "again", server.address
+        assert a.lease()[0] is None
+        a.close()
+        wait_for(lambda: not server._open)
+        with server._changed:
+            assert server._awaited(server.core) == ["b"]
+        assert not server._stop.wait(0.3)  # six ticks
+        assert b.lease()[0] is None
+        b.close()
+        wait_for(server._stop.is_set)
+    with serving(tmp_path, until_done=True) as server:
+        server.core.workers["a"].heard -= 7200
+        server.core.workers["b"].heard -= 7200
+        wait_for(server._stop.is_set)

@@ -50,6 +50,7 @@ class Server:
         self.core: Coordinator | None = None
         self._changed = threading.Condition()
         self._open: dict[Connection, str] = {}
+        self._told: set[str] = set()  # workers that know the run to be over
         self._strangers: dict[socket.socket, float] = {}  # since when, oldest first
         self.bytes: dict[str, list[int]] = {}
         self._past = 0.0
@@ -145,9 +146,13 @@ class Server:
                 if last != (last := repr(error)):
                     self.say(f"{error!r}; trying again")
 
+    def _awaited(self, core: Coordinator) -> list[str]:
+        """Workers that may yet come to hear that the run is over: they would not find the server."""
+        return [n for n, w in core.workers.items() if n not in self._told and w.state != "gone"]
+
     def _tick(self, core: Coordinator, now: float) -> None:
-        if self._until_done and core.done and not self._open:
-            self._stop.set()  # every worker has heard so, and has left
+        if self._until_done and core.done and not self._open and not self._awaited(core):
+            self._stop.set()
         due = core.due()
         if due is not None and now >= due:
             self._event("close")
@@ -177,6 +182,8 @@ class Server:
                 connection.send(answer)
                 with self._changed:
                     total = self.bytes.setdefault(name, [0, 0]) if name else [0, 0]
+                    if answer.meta.get("done"):
+                        self._told.add(name)
                     total[0] += connection.received - received
                     total[1] += connection.sent - sent
                     sent, received = connection.sent, connection.received
