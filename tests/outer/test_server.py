@@ -7,7 +7,7 @@ import resource
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +215,19 @@ def test_a_finished_server_that_is_started_again_waits_for_its_workers(tmp_path:
         server.core.workers["a"].heard -= 7200
         server.core.workers["b"].heard -= 7200
         wait_for(server._stop.is_set)
+
+
+def test_a_body_is_no_larger_than_the_model(tmp_path: Path) -> None:
+    """Larger ones are refused by their header, as soon as the model is known; a late first θ is not."""
+    n = 1 << 19  # 2 MB
+    theta, terms = np.zeros(n, "float32"), {"n": n, "plain_from": n, "codec": "e3m0"}
+    with serving(tmp_path) as server:
+        link = Link(f"127.0.0.1:{server.address[1]}", SECRET, "a", 60)
+        link.join(replace(TERMS, **terms), IDENTITY, theta)
+        meta = {"terms": asdict(replace(TERMS, **terms)), "identity": IDENTITY, "lease": None}
+        assert link.ask("join", meta, theta.data).kind == "ack"
+        link.patience = 0.0
+        with pytest.raises(UserError, match="no answer"):
+            link.push(0, 1.0, np.zeros(4 * n + 1, np.uint8))
+        wait_for(lambda: any(f"at most {4 * n} are taken" in line for line in server.lines))
+        link.close()

@@ -22,10 +22,10 @@ import numpy as np
 from dataset.files import DatasetError
 from train.errors import UserError
 from train.outer.coordinator import Coordinator, Terms
-from train.outer.frames import Connection, Frame, FrameError
+from train.outer.frames import META_LIMIT, Connection, Frame, FrameError
 from train.outer.journal import Journal
 
-LIMIT = 8 << 30  # bytes of the largest frame that an authenticated worker may send
+LIMIT = 8 << 30  # bytes of the first θ, before it is known how large the model is
 POLL_S = 5.0  # a worker that waits for work asks again after this long, so that a dead line is noticed
 SKEW_S = 60.0
 STRANGERS = 32  # connections that have not proved themselves; one more, and the oldest is closed
@@ -174,6 +174,7 @@ class Server:
                 self._strangers.pop(sock, None)
             sock.settimeout(None)
             while not self._stop.is_set():
+                connection.reader.limit = self._limit()
                 frame = connection.receive()
                 name = str(frame.meta.get("worker", ""))
                 with self._changed:
@@ -200,6 +201,14 @@ class Server:
                 self._open.pop(connection, None)
                 self._strangers.pop(sock, None)
             connection.close()
+
+    def _limit(self) -> int:
+        """Bytes of the largest frame that a worker may send now."""
+        core = self.core
+        if core is None:
+            return LIMIT
+        n = core.terms.n  # a θ that comes too late to be the first is read, and not needed
+        return max(META_LIMIT, 4 * n, core.codec.size(n))
 
     def _answer(self, frame: Frame) -> Frame:
         handlers = {"join": self._join, "wait": self._wait, "push": self._push, "beat": self._beat}
