@@ -1,4 +1,4 @@
-"""`python -m train status RUN...|HOST:PORT`, `python -m train report RUN... [--out DIR]`, `... serve`."""
+"""`python -m train status RUN|HOST:PORT...`, `python -m train report RUN... [--out DIR]`, `... serve`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import argparse
 import fcntl
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
@@ -34,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const=2.0,
         metavar="SECONDS",
-        help="keep the table up to date until no run is going on (every 2 s)",
+        help="keep the tables up to date until no run or server is going on (every 2 s)",
     )
     report = commands.add_parser("report", help="a page with plots and sample text")
     report.add_argument("runs", type=Path, nargs="+", help="run folders, in the order they grew")
@@ -48,12 +50,11 @@ def main(argv: list[str] | None = None) -> int:
         return outer_watch.serve(words[1:])
     args = parser().parse_args(words)
     try:
-        if args.command == "status" and outer_watch.is_address(str(args.runs[0])):
-            outer_watch.status(str(args.runs[0]), args.secret_file, live=bool(args.watch))
-        elif args.command == "status" and args.watch:
-            watch(args.runs, args.watch)
+        if args.command == "status" and args.watch:
+            watch(args.runs, args.watch, args.secret_file)
         elif args.command == "status":
-            outer_watch.console().print(status_table(args.runs))
+            with looking(args.runs, args.secret_file) as look:
+                outer_watch.console().print(look()[1])
         else:
             from train.report import write  # plotting takes a while to import
 
@@ -64,13 +65,34 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def watch(paths: list[Path], every_s: float) -> None:
-    """The table, drawn anew until every run has ended or Ctrl-C."""
-    with suppress(KeyboardInterrupt), Live(status_table(paths), auto_refresh=False) as live:
-        while any(held(run) for path in paths for run in runs_in(path)):
-            time.sleep(every_s)
-            live.update(status_table(paths), refresh=True)
-        live.update(status_table(paths), refresh=True)  # how they ended
+def watch(paths: list[Path], every_s: float, secret_file: str | None = None) -> None:
+    """The tables, drawn anew until every run has ended and every server is done, or Ctrl-C."""
+    with suppress(KeyboardInterrupt), looking(paths, secret_file) as look:
+        going, tables = look()
+        with Live(tables, console=outer_watch.console(), auto_refresh=False) as live:
+            while going:
+                time.sleep(every_s)
+                going, tables = look()
+                live.update(tables, refresh=True)
+
+
+@contextmanager
+def looking(paths: list[Path], secret_file: str | None = None) -> Iterator[Callable[[], tuple[bool, Group]]]:
+    """A look at servers (HOST:PORT) and folders of runs: whether any goes on, and a table of each server
+    and one of all runs. Raises UserError."""
+    addresses = [str(p) for p in paths if outer_watch.is_address(str(p))]
+    folders = [p for p in paths if str(p) not in addresses]
+    with ExitStack() as stack:
+        links = {a: stack.enter_context(outer_watch.line(a, secret_file)) for a in addresses}
+
+        def look() -> tuple[bool, Group]:
+            found = {a: link.status() for a, link in links.items()}
+            going = [not f["done"] for f in found.values()]
+            going += [held(run) for path in folders for run in runs_in(path)]
+            tables = [outer_watch.table(a, f) for a, f in found.items()]
+            return any(going), Group(*tables, *([status_table(folders)] if folders else []))
+
+        yield look
 
 
 def runs_in(path: Path) -> list[Path]:

@@ -17,9 +17,11 @@ from rich.console import Console
 
 from tests.outer.test_async import IDENTITY, SECRET, serving
 from tests.outer.test_frames import TERMS, THETA, N
+from train import rundir
 from train.__main__ import main
 from train.outer import watch
 from train.outer.client import Link
+from train.outer.coordinator import Coordinator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,6 +53,34 @@ def test_status_of_a_server_by_command(tmp_path: Path, monkeypatch: pytest.Monke
         error = capsys.readouterr().err
         assert error.startswith("error: ") and "another secret" in error and "Traceback" not in error
         assert server.core is None
+
+
+def test_several_are_watched_at_the_pace_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Two servers and a run: all are shown, until the last has ended."""
+    monkeypatch.setenv("LATENT_LAB_SECRET", SECRET.decode())
+    run = tmp_path / "tiny"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    rundir.set_status(run, "complete", step=9, total=9)
+    with serving(tmp_path / "a") as a, serving(tmp_path / "b") as b:
+        at = [f"127.0.0.1:{server.address[1]}" for server in (a, b)]
+        for server in (a, b):
+            server.core = Coordinator(TERMS, THETA)
+        pauses = []
+
+        def end(seconds: float) -> None:
+            pauses.append(seconds)
+            server = (a, b)[len(pauses) - 1]
+            server.core.visited = [TERMS.total] * TERMS.shards
+
+        monkeypatch.setattr("train.__main__.time.sleep", end)
+        assert main(["status", *at, str(run), "--watch", "0.25"]) == 0
+        assert pauses == [0.25, 0.25]
+    shown = capsys.readouterr().out
+    assert all(where in shown for where in at) and shown.count("200/200 steps") == 2
+    assert "9/9" in shown or "0/9" in shown
 
 
 def test_an_address_is_no_folder(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
 from train.errors import EXIT_USER, UserError
@@ -21,7 +20,6 @@ from train.outer.client import Link
 from train.outer.frames import VARIABLE, address_of, secret_of
 from train.outer.server import Server
 
-REFRESH_S = 1.0
 WIDE = 160  # columns of a table that goes into a file or a pipe
 
 
@@ -67,18 +65,9 @@ def is_address(text: str) -> bool:
     return text.rpartition(":")[2].isdigit() and ":" in text and not Path(text).exists()
 
 
-def status(address: str, secret_file: str | None = None, live: bool = False) -> None:
-    """The server's table, once or until it is done or Ctrl-C. Raises UserError."""
-    with closing(Link(address, secret_of(secret_file), "", patience=5.0)) as link:
-        found = link.status()
-        if not live:
-            console().print(table(address, found))
-            return
-        with suppress(KeyboardInterrupt), Live(table(address, found), auto_refresh=False) as view:
-            while not found["done"]:
-                time.sleep(REFRESH_S)
-                found = link.status()
-                view.update(table(address, found), refresh=True)
+def line(address: str, secret_file: str | None = None) -> closing[Link]:
+    """To ask a server for its status. Raises UserError."""
+    return closing(Link(address, secret_of(secret_file), "", patience=5.0))
 
 
 def console() -> Console:
