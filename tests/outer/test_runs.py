@@ -23,6 +23,8 @@ from model.schema import ConfigError
 from tests.outer.test_async import SECRET, serving, wait_for
 from tests.train.conftest import ROOT, Fit, command, data, equal, place, request_of, text_folder
 from train import checkpoint, rundir, settings
+from train.metrics import read
+from train.mirror import flat
 from train.outer.coordinator import Coordinator, Worker
 from train.outer.layout import fragments
 from train.outer.team import PACKAGES
@@ -141,6 +143,20 @@ def test_a_worker_that_comes_back_after_the_end_keeps_the_last_parameters(
         ours = np.concatenate([f.get() for f in fragments(model.load(place / "w"))])
         assert np.array_equal(ours, server.core.theta)
     assert rundir.status_of(place / "w")["status"] == "complete"
+
+
+def test_a_worker_records_what_became_of_its_pushes(
+    place: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version, staleness and verdicts stand in its own records, as numbers, so wandb has them too."""
+    monkeypatch.setenv("LATENT_LAB_SECRET", SECRET.decode())
+    with serving(tmp_path / "server") as server:
+        outer = f"outer={{kind: async, every: 3, server: '127.0.0.1:{server.address[1]}', heartbeat: 600.0}}"
+        words = ["--arch", str(place / "tiny.yaml"), "--data", str(data), "--run", str(place / "w")]
+        assert main([*words, "--set", outer]) == 0
+    sent = [flat(r) for r in read(place / "w") if r["kind"] == "train"]
+    keys = ("outer/version", "outer/staleness", "outer/applied")
+    assert [tuple(r[k] for k in keys) for r in sent] == [(n, 0, n) for n in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("idle_from", [0, 1])

@@ -231,3 +231,14 @@ def test_a_body_is_no_larger_than_the_model(tmp_path: Path) -> None:
             link.push(0, 1.0, np.zeros(4 * n + 1, np.uint8))
         wait_for(lambda: any(f"at most {4 * n} are taken" in line for line in server.lines))
         link.close()
+
+
+def test_a_push_is_answered_with_version_and_staleness(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        a, b = joined(server, "a"), joined(server, "b")
+        (first, _), (second, _) = a.lease(), b.lease()
+        assert a.push(first.id, 1.0, ONES) == "applied" and (a.version, a.staleness) == (1, 0)
+        assert b.push(second.id, 1.0, ONES) == "applied" and (b.version, b.staleness) == (2, 1)
+        assert b.push(second.id, 1.0, ONES) == "applied" and (b.version, b.staleness) == (2, None)
+        a.close()
+        b.close()

@@ -171,11 +171,15 @@ class Async(NoOuter):
     # ------------------------------------------------------------------------- watching, memory
 
     def report(self) -> dict[str, Any]:
-        """What a log line says about the outer loop."""
+        """What a log line says about the outer loop: the lease in hand, the version of θ at the server, how
+        many versions the last push was behind, bytes, and all pushes by verdict."""
         beats = self._pulse.traffic if self._pulse else (0, 0)
-        sent, received = (self._link.sent, self._link.received) if self._link else (0, 0)
-        lease = self.lease
+        link, lease = self._link, self.lease
+        sent, received = (link.sent, link.received) if link else (0, 0)
         where = {"shard": lease.shard, "base": lease.base, "lease": lease.id} if lease else {}
+        if link is not None:
+            seen = {"version": link.version, "staleness": link.staleness}
+            where |= {k: v for k, v in seen.items() if v is not None}
         return {**where, "sent": sent + beats[0], "received": received + beats[1], **self.verdicts}
 
     def tell(self, **report: Any) -> None:

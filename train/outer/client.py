@@ -43,6 +43,7 @@ class Link:
     """Requests of one worker. Raises UserError when the server refuses, or does not answer for too long.
 
     stopping: whether the worker has been told to stop; join and lease then raise Stopped rather than wait.
+    version, staleness: of θ at the server, when it was last heard of; of the last push, in versions.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class Link:
         self.server, self.address = server, address_of(server)
         self.secret, self.worker, self.patience = secret, worker, patience
         self.sent = self.received = 0
+        self.version: int | None = None
+        self.staleness: int | None = None
         self._connection: Connection | None = None
 
     # ------------------------------------------------------------------------- requests
@@ -82,13 +85,15 @@ class Link:
         theta = np.frombuffer(answer.body, "float32").copy()
         if f"{fingerprint([theta]):016x}" != answer.meta["hash"]:
             raise UserError(f"{self.server}: its parameters do not have the hash that it gave")
-        fields = answer.meta["lease"]
+        fields, self.version = answer.meta["lease"], answer.meta["version"]
         return (Lease(**fields) if fields else None), theta
 
     def push(self, lease: int, seconds: float, code: np.ndarray, report: dict[str, Any] | None = None) -> str:
         """The verdict on a delta: applied, stale, outlier, nonfinite or lost. Safe to repeat."""
         meta = {"lease": lease, "seconds": seconds, "report": report}
-        return str(self.ask("push", meta, np.ascontiguousarray(code).data).meta["verdict"])
+        answer = self.ask("push", meta, np.ascontiguousarray(code).data).meta
+        self.version, self.staleness = answer["version"], answer["stale"]
+        return str(answer["verdict"])
 
     def status(self) -> dict[str, Any]:
         return self.ask("status", {}).meta

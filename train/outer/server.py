@@ -182,9 +182,9 @@ class Server:
                 answer = self._answer(frame)
                 connection.send(answer)
                 with self._changed:
-                    total = self.bytes.setdefault(name, [0, 0]) if name else [0, 0]
                     if answer.meta.get("done"):
                         self._told.add(name)
+                    total = self.bytes.setdefault(name, [0, 0]) if name else [0, 0]
                     total[0] += connection.received - received
                     total[1] += connection.sent - sent
                     sent, received = connection.sent, connection.received
@@ -290,7 +290,7 @@ class Server:
         w = core.workers[meta["worker"]]
         lease = core.lease_of(meta["worker"])
         if w.ended == meta["lease"]:
-            return Frame("ack", {"verdict": w.verdict, "again": True})
+            return Frame("ack", {"verdict": w.verdict, "version": core.version, "stale": None})
         base = lease.base if lease else -1
         fields = {"worker": meta["worker"], "lease": int(meta["lease"]), "seconds": float(meta["seconds"])}
         stale = core.version - base if lease else None
@@ -298,7 +298,7 @@ class Server:
         self.record("push", **fields, verdict=verdict, stale=stale, bytes=want, **(meta.get("report") or {}))
         if verdict != "applied":
             self.say(f"{meta['worker']}: push of lease {meta['lease']} {verdict}")
-        return Frame("ack", {"verdict": verdict})
+        return Frame("ack", {"verdict": verdict, "version": core.version, "stale": stale})
 
     def _beat(self, frame: Frame) -> Frame:
         return Frame("ack")
