@@ -169,8 +169,10 @@ def test_no_descriptor_left_is_no_end(tmp_path: Path, monkeypatch: pytest.Monkey
             close, settimeout = server._sock.close, server._sock.settimeout
 
         monkeypatch.setattr(server, "_sock", Listener)
-        wait_for(lambda: sum("could not be taken" in line for line in server.lines) == 2)
+        wait_for(lambda: len(server.lines) == 2)
         joined(server, "a").close()
+    want = "a connection could not be taken ([Errno 28] No space left on device)"
+    assert server.lines == [want] * 2  # and that nobody came for a while is none
 
 
 def test_strangers_are_few_and_not_for_long(tmp_path: Path) -> None:

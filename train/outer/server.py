@@ -98,12 +98,13 @@ class Server:
         ticker.start()
         self._sock.settimeout(0.2)
         while not self._stop.is_set():
-            with contextlib.suppress(TimeoutError):
-                try:
-                    self._accept()
-                except (OSError, RuntimeError) as error:  # no descriptor or thread left: others will go
-                    self.say(f"a connection could not be taken ({error})")
-                    self._stop.wait(1.0)
+            try:
+                self._accept()
+            except TimeoutError:
+                continue
+            except (OSError, RuntimeError) as error:  # no descriptor or thread left: others will go
+                self.say(f"a connection could not be taken ({error})")
+                self._stop.wait(1.0)
         ticker.join()
         with self._changed:
             for sock in [*self._strangers, *(c.sock for c in self._open)]:
