@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,21 +193,26 @@ class Fit:
         The best is kept as it was scored: the parachute moves the threshold afterwards.
         """
         self.c.eval()
-        rows, sums = self.heldout[: self.s.eval_examples], Counter[str]()
+        rows, tokens = self.heldout[: self.s.eval_examples], 0
         names = {"loss": "compressed"} | ({} if self.misfit else {"full": "full"})
+        sums = dict.fromkeys(names, 0.0)
         for at in range(0, len(rows), self.s.micro):
             b = collate(rows[at : at + self.s.micro]).to(self.world.device)
             found, count = losses_of(self.c, b, tuple(names.values()))
             for key, variant in names.items():
-                sums[key] += float(found[variant].sum())  # type: ignore[assignment]
-            sums["tokens"] += int(count.sum())
-        scores = {key: sums[key] / max(sums["tokens"], 1) for key in names}
+                sums[key] += float(found[variant].sum())
+            tokens += int(count.sum())
+        scores = {key: nats / max(tokens, 1) for key, nats in sums.items()}
         if scores["loss"] < self.best:
             self.best = scores["loss"]
             if self.world.main:
                 self.c.save(self.run / "best")
-        adapts = isinstance(self.c, Clusters) and self.c.config.adaptive_threshold
-        if isinstance(self.c, Clusters) and adapts and self.step and "full" in scores:
+        if (
+            isinstance(self.c, Clusters)
+            and self.c.config.adaptive_threshold
+            and self.step
+            and "full" in scores
+        ):
             scores["tau"] = self.c.parachute(scores["loss"] / max(scores["full"], 1e-9))
         return scores
 

@@ -176,18 +176,24 @@ def test_a_worker_over_tcp_is_killed_and_comes_back(
     assert np.array_equal(trained, core.theta)  # the worker ended with what the server holds
 
 
+def worker(place: Path, data: Path, server: Any, every: int) -> list[str]:
+    """The words of an async worker of that server, in the folder `w`."""
+    outer = f"{{kind: async, every: {every}, server: '127.0.0.1:{server.address[1]}', heartbeat: 600.0}}"
+    words = ["--arch", str(place / "tiny.yaml"), "--data", str(data), "--run", str(place / "w")]
+    return [*words, "--set", f"outer={outer}"]
+
+
 def test_a_worker_that_comes_back_after_the_end_keeps_the_last_parameters(
     place: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has no step to do, so its newest checkpoint has the step of the one to be saved."""
     monkeypatch.setenv("LATENT_LAB_SECRET", SECRET.decode())
     with serving(tmp_path / "server") as server:
-        outer = f"outer={{kind: async, every: 6, server: '127.0.0.1:{server.address[1]}', heartbeat: 600.0}}"
-        words = ["--arch", str(place / "tiny.yaml"), "--data", str(data), "--run", str(place / "w")]
-        assert main([*words, "--set", outer]) == 0
+        words = worker(place, data, server, every=6)
+        assert main(words) == 0
         rundir.set_status(place / "w", "stopped", step=12, total=12)
         server.core.theta = server.core.theta + 1  # what others did in the meantime
-        assert main([*words, "--set", outer, "--resume"]) == 0
+        assert main([*words, "--resume"]) == 0
         ours = np.concatenate([f.get() for f in fragments(model.load(place / "w"))])
         assert np.array_equal(ours, server.core.theta)
     assert rundir.status_of(place / "w")["status"] == "complete"
@@ -199,9 +205,8 @@ def test_a_worker_records_what_became_of_its_pushes(
     """Version, staleness and verdicts stand in its own records, as numbers, so wandb has them too."""
     monkeypatch.setenv("LATENT_LAB_SECRET", SECRET.decode())
     with serving(tmp_path / "server") as server:
-        outer = f"outer={{kind: async, every: 3, server: '127.0.0.1:{server.address[1]}', heartbeat: 600.0}}"
-        words = ["--arch", str(place / "tiny.yaml"), "--data", str(data), "--run", str(place / "w")]
-        assert main([*words, "--set", outer]) == 0
+        words = worker(place, data, server, every=3)
+        assert main(words) == 0
     sent = [flat(r) for r in read(place / "w") if r["kind"] == "train"]
     keys = ("outer/version", "outer/staleness", "outer/applied")
     assert [tuple(r[k] for k in keys) for r in sent] == [(n, 0, n) for n in (1, 2, 3, 4)]
