@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 
-.PHONY: help setup demo test test-slow test-gpu oracles bench study-onion sweep study-diloco study-compression docs test-docs lint clean cluster-demo
+.PHONY: help setup demo test test-slow test-gpu oracles bench study-onion sweep study-diloco study-compression docs test-docs newcomer lint clean cluster-demo
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -53,6 +53,9 @@ docs: $(STAMP)  ## write docs/reference.md from the code
 
 test-docs: $(STAMP)  ## run every command of the documentation, long ones in a reduced form
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -k docs tests/docs
+
+newcomer: $(STAMP)  ## the README's first half hour on a fresh clone, by the clock
+	$(PY) -m tests.docs.newcomer
 
 cluster-demo: $(STAMP)  ## the playbooks on three machines of a LAN of namespaces, unattended (root, sshd)
 	$(PY) -m pip install --quiet -e '.[cluster]'
