@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from train.errors import EXIT_TERMINATED
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path("data/pystdlib")
@@ -17,12 +20,31 @@ PREPARE = (
 
 
 def run(*words: str | Path) -> None:
-    """`python WORDS...` in the project's folder, echoed. Raises SystemExit with the command's exit code."""
+    """`python WORDS...` in the project's folder, echoed. Raises SystemExit with the command's exit code.
+
+    A signal that is to end us is left to the command, which saves first; then raises KeyboardInterrupt or
+    SystemExit(143).
+    """
     line = [str(w) for w in words]
     print(f"\n$ python {shlex.join(line)}", flush=True)
-    code = subprocess.run([sys.executable, *line], cwd=ROOT, check=False).returncode
-    if code:
-        raise SystemExit(code)
+    caught: list[int] = []
+    process = subprocess.Popen([sys.executable, *line], cwd=ROOT)
+
+    def hand_on(number: int, _: object) -> None:
+        caught.append(number)
+        if number == signal.SIGTERM:  # Ctrl-C reaches the whole group of processes by itself
+            process.terminate()
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.SIGINT in caught:
+        raise KeyboardInterrupt
+    if caught or code:
+        raise SystemExit(EXIT_TERMINATED if caught else code)
 
 
 def ensure_data() -> Path:

@@ -31,7 +31,7 @@ from model.describe import describe
 from model.lm import LanguageModel
 from model.schema import Config
 from train import rundir
-from train.errors import EXIT_DIVERGED, UserError
+from train.errors import EXIT_DIVERGED, EXIT_TERMINATED, UserError
 from train.evaluate import evaluate
 from train.world import autocast
 
@@ -69,6 +69,12 @@ def chosen(sweep: Sweep, options: Options) -> list[Run]:
         if name not in sweep.cases:
             raise UserError(f"--only {name}: no such case; there are {', '.join(sweep.cases)}")
     index, parts = options.part
+    clocks = [k for k in ("seconds", "cpu_seconds") if vars(sweep.spec.budget)[k] is not None]
+    if parts > 1 and clocks:
+        raise UserError(
+            f"--part: {sweep.path} has a budget in {clocks[0]}, which becomes tokens at one machine's speed; "
+            "run it on one machine, or change it to tokens or flops"
+        )
     number = {sweep.key(run): n for n, run in enumerate(sweep.runs)}
     # what starts from another run is in that run's part, where its folder is
     mine = [run for run in sweep.runs if number[sweep.key(run.after or run)] % parts == index]
@@ -106,6 +112,8 @@ def one(sweep: Sweep, run: Run, root: Path) -> None:
         if stop.code == EXIT_DIVERGED:  # an answer too: the other cases go on
             summary.put(sweep, diverged(sweep, run, folder))
             return
+        if stop.code == EXIT_TERMINATED:  # it has saved
+            raise
         raise UserError(f"{run.label}: training ended with exit code {stop.code}; see above") from None
     summary.put(sweep, run_line(sweep, run, folder))
 

@@ -34,7 +34,9 @@ Line = dict[str, Any]
 
 
 def file_of(sweep: Sweep) -> Path:
-    return sweep.path.parent / (FILE if sweep.path.stem == "sweep" else f"{sweep.path.stem}.{FILE}")
+    return sweep.measured_in or sweep.path.parent / (
+        FILE if sweep.path.stem == "sweep" else f"{sweep.path.stem}.{FILE}"
+    )
 
 
 def read(path: Path) -> list[Line]:

@@ -117,12 +117,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file that was read and checked; `runs` in the order in which they are done: seed by seed."""
+    """A sweep file that was read and checked; `runs` in the order in which they are done: seed by seed.
+
+    measured_in: the file of its summaries, None: beside the sweep.
+    """
 
     path: Path
     spec: SweepSpec
     cases: dict[str, CaseSpec]
     runs: list[Run]
+    measured_in: Path | None = None
 
     @property
     def name(self) -> str:

@@ -3,9 +3,9 @@
     python -m tests.cluster.demo [--keep DIR]
 
 setup, setup again (must change nothing), health, shard, launch, status, logs, one node powered off, another
-drained and added back, the dead one revived and added back, grow, collect, stop. Exit code 0 when all of it
-held. The nodes have no systemd; they use this environment's Python by its path. Needs root and the extra
-[cluster].
+drained and added back, the dead one revived and added back, grow, collect, stop; then a sweep.
+Exit code 0 when all of it held. The nodes have no systemd; they use this environment's Python by its path.
+Needs root and the extra [cluster].
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class Demo(Plays):
         self.play("collect", "-e", "into=collected")
         self.play("stop")
         self.judge(workers)
+        self.spread(workers)
 
     def firewall(self, workers: list[str]) -> None:
         """With nft, a member reaches the server's port and the controller, which is none, does not."""
@@ -135,6 +136,23 @@ class Demo(Plays):
         first, last = losses[f"{SERVER} one"]
         if not last < first:
             raise SystemExit(f"the loss did not fall: {first} to {last}")
+
+    def spread(self, workers: list[str]) -> None:
+        """A sweep of four runs over three machines: each is trained once, and all come to the controller."""
+        words = ("sweep", "-e", "sweep=experiments/first", "-e", "into=collected")
+        self.play(*words)
+        states = [self.home(w) / "state" / "sweep" / "state.json" for w in workers]
+        self.wait(
+            "the sweep: done on all workers",
+            lambda: all(p.exists() and json.loads(p.read_text())["state"] == "done" for p in states),
+        )
+        tells(self.play(*words), *(rf'{w}: {{\\?"state\\?": ' for w in workers))
+        files = [self.folder / "collected" / "sweeps" / "first" / f"{w}.jsonl" for w in workers]
+        found = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        runs = [(x["case"], x["seed"]) for x in found if x["kind"] == "run"]
+        if len(runs) != 4 or len({*runs}) != 4:
+            raise SystemExit(f"the sweep: wanted each of its four runs from one worker, not {sorted(runs)}")
+        self.play("stop")
 
 
 def main(argv: list[str] | None = None) -> int:

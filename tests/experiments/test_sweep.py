@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import dataset
 from dataset.tasks import write as write_task
 from dataset.tokenizers import make
 from experiments import plots, summary
 from experiments.__main__ import main
+from experiments.commands import ROOT
 from experiments.intervals import Mean, paired, verdict
 from experiments.plots import front
 from experiments.report import group
@@ -160,7 +166,6 @@ def test_the_report_is_rebuilt_byte_for_byte(sweep, capsys) -> None:
     assert html.count("data:image/png;base64,") == 2 and "<table>" in html and "http" not in html
 
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = sorted(p for p in (ROOT / "experiments").glob("*/*.yaml") if "\nquestion:" in p.read_text())
 
 
@@ -216,6 +221,66 @@ def test_parts_are_merged(sweep, tmp_path, capsys) -> None:
         assert main(["merge", str(sweep), str(there)]) == 2 and word in capsys.readouterr().err
         assert file.read_text() == "".join(lines)
     assert main(["merge", str(sweep), str(tmp_path / "none.jsonl")]) == 2
+    own, whole = tmp_path / "own.jsonl", file.read_text()
+    there.write_text(whole)
+    file.write_text("".join(lines[:6]))
+    assert main(["merge", str(sweep), "--summaries", str(own), str(there)]) == 0
+    assert own.read_text() == whole and file.read_text() == "".join(lines[:6])
+    capsys.readouterr()
+    words = [str(sweep), "--dry-run", "--part", "0/1", "--summaries"]
+    assert main(["run", *words, str(own)]) == 0 and "2/2" in capsys.readouterr().out
+    assert main(["run", *words, str(tmp_path / "new.jsonl")]) == 0
+    assert "1/2" in capsys.readouterr().out and not (tmp_path / "new.jsonl").exists()
+
+
+@pytest.mark.parametrize("clock", ["seconds", "cpu_seconds"])
+def test_machines_share_no_budget_of_one_machines_time(sweep, clock, capsys) -> None:
+    sweep.write_text(sweep.read_text().replace("tokens: 256", f"{clock}: 2"))
+    assert main(["run", str(sweep), "--part", "0/2", "--dry-run"]) == 2
+    assert f"has a budget in {clock}" in capsys.readouterr().err
+    assert main(["run", str(sweep), "--dry-run"]) == 0
+
+
+def test_data_is_made_before_anything_is_trained(sweep, capsys) -> None:
+    """prepare: what is missing is made by the words of `make`, what is there is left; ids are told."""
+    made = sweep.parent / "made"
+    make_words = f"{{path: {made}, make: [task, 'copy:lengths=4', --samples, '8', --heldout-samples, '4']}}"
+    sweep.write_text(sweep.read_text().replace("data:\n", f"data:\n  made: {make_words}\n"))
+    assert main(["prepare", str(sweep)]) == 0
+    ids = {
+        name: dataset.open(path).manifest["id"]
+        for name, path in (("made", made), ("recall", sweep.parent / "data"))
+    }
+    told = capsys.readouterr().out
+    assert all(f"{name}: " in told and found in told for name, found in ids.items())
+    before = (made / "manifest.json").stat().st_mtime_ns
+    assert main(["prepare", str(sweep)]) == 0 and (made / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_signal_lets_the_command_in_hand_save(tmp_path) -> None:
+    """SIGTERM goes to the command, Ctrl-C to the whole group; either is obeyed when the command has ended."""
+    saves = (
+        "import pathlib, signal, sys, time; n = int(sys.argv[2]);"
+        "signal.signal(n, lambda *_: (time.sleep(1),"
+        "pathlib.Path(sys.argv[1]).write_text('saved'), sys.exit(130)));"
+        "print('on', flush=True); time.sleep(60)"
+    )
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        kept = tmp_path / str(int(number))
+        words = ["-c", saves, str(kept), str(int(number))]
+        ours = f"from experiments.commands import run\ntry: run(*{words!r})\n"
+        ours += "except KeyboardInterrupt: raise SystemExit(130)"
+        process = subprocess.Popen(
+            [sys.executable, "-c", ours], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        assert process.stdout is not None
+        while process.stdout.readline() != "on\n":
+            assert process.poll() is None
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        assert process.wait(60) == code and kept.read_text() == "saved"
 
 
 def test_intervals_and_verdicts() -> None:
