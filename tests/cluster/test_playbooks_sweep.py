@@ -21,7 +21,7 @@ SWEEP = """
 question: Does the width matter?
 arch: base.yaml
 data:
-  copying: {path: data/copying, make: [task, "copy:lengths=4", --samples, "40", --heldout-samples, "8"]}
+  copying: {path: data/copying, make: [task, "copy:lengths=4", --samples, "40", --heldout-samples, "64"]}
 cases:
   narrow: {}
   wide: {set: {dim: 24}}
@@ -150,7 +150,6 @@ def test_playbooks_sweep_refuses_before_it_starts(two: Two) -> None:
     refused("n2 trains")
     subprocess.run([*supervise, "stop", *state], check=True)
     data = two.folder / "n2" / "code" / "data" / "copying"
-    shutil.rmtree(data)
     words = ["-m", "dataset", "task", "copy:lengths=8", "--samples", "8", "--out", str(data)]
     subprocess.run([sys.executable, *words], cwd=two.folder / "n2" / "code", check=True, capture_output=True)
     refused("the data of experiments/tiny differ: n1 has ")
