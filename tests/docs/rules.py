@@ -89,6 +89,7 @@ RULES = (
     Rule(r"-m experiments run experiments/first$", "run", needs=(PREPARE,)),
     Rule(r"-m experiments report experiments/first$", "run", needs=(FIRST,)),
     Rule(r"-m experiments run ", "run", "hours; the plan of its runs is made", ("--dry-run",), (PREPARE,)),
+    Rule(r"-m experiments prepare ", "run", needs=(PREPARE,)),
     Rule(r"-m experiments merge ", "parsed", "needs another machine's runs; tests/experiments merges some"),
     Rule(r"-m experiments report ", "parsed", "there is nothing to report before the runs"),
     Rule(r"^" + re.escape(PREPARE), "run"),
