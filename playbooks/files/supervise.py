@@ -27,6 +27,7 @@ from typing import Any
 
 PR_SET_CHILD_SUBREAPER = 36
 BACKOFF_S = 5.0
+USER = 2  # the exit code of what a person is to mend: another start would end with it, too
 
 
 def stat_of(pid: int) -> tuple[int, str] | None:
@@ -87,7 +88,7 @@ class Supervisor:
         self.child = 0
 
     def run(self) -> int:
-        """Until the program ends well, is stopped, or has failed too often."""
+        """Until the program ends well, is stopped, wants something mended, or has failed too often."""
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         own = stat_of(os.getpid())
         assert own is not None
@@ -99,7 +100,7 @@ class Supervisor:
         while True:
             self._note("running", tries, None)
             code = self._once()
-            if self.stopping or code == 0 or tries == self.restarts:
+            if self.stopping or code in (0, USER) or tries == self.restarts:
                 break
             tries += 1
             self._note("restarting", tries, code)

@@ -213,7 +213,7 @@ class Refusals(Plays):
             raise SystemExit("collect --check made a folder")
         tells(self.unchanged("grow", expect=FAILED, live=True), "no worker has finished stage one")
         other = self.unchanged("launch", "-e", "lab_stage_name=two", expect=FAILED, live=True)
-        tells(other, "n1: the server runs stage one, not two")
+        tells(other, "n1: the server runs stage one of demo, not two of demo")
         seen = len(self.pushes("one"))
         everybody = {*self.lan.machines}
         self.wait("all train on", lambda: everybody <= {*self.pushes("one")[seen:]})

@@ -108,6 +108,13 @@ def test_failures_are_restarted_so_often(tmp_path: Path) -> None:
     assert (facts["state"], facts["restarts"], facts["code"]) == ("failed", 2, 3)
 
 
+def test_what_a_person_is_to_mend_is_not_tried_again(tmp_path: Path) -> None:
+    words = [sys.executable, str(BOOKS / "files" / "supervise.py"), "run", "--state", str(tmp_path), "--"]
+    assert subprocess.run([*words, "sh", "-c", "exit 2"], check=False).returncode == 2
+    facts = json.loads(supervise(tmp_path, "status"))
+    assert (facts["state"], facts["restarts"], facts["code"]) == ("failed", 0, 2)
+
+
 def test_killed_supervisor_is_told_from_a_running_one(tmp_path: Path) -> None:
     supervise(tmp_path, "start", "--", "sleep", "600")
     pid = json.loads(supervise(tmp_path, "status"))["pid"]

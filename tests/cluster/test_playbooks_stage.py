@@ -46,7 +46,7 @@ class Here:
         common |= {"lab_port": 28000 + os.getpid() % 500, "lab_data": {"dir": "data/x", "source": "pystdlib"}}
         groups = {
             "server": {"hosts": {"n1": None}},
-            "workers": {"hosts": {"n1": {"ansible_host": "127.0.0.1"}}},
+            "workers": {"hosts": {"n1": {"ansible_host": "127.0.0.1", "lab_interface": "lo"}}},
         }
         self.inventory.write_text(yaml.safe_dump({"all": {"vars": common, "children": groups}}))
 
@@ -79,7 +79,10 @@ def test_playbooks_launch_keeps_the_stage(here: Here) -> None:
     """The first; another takes the place neither of one that runs nor of the one that `grow` brought."""
     assert here.play("launch")[0] == 0 and here.stages() == {"one"}
     code, out = here.play("launch", "-e", "lab_stage_name=two")
-    assert code == 2 and "n1: the server runs stage one, not two" in out and here.stages() == {"one"}
+    assert code == 2 and "n1: the server runs stage one of demo, not two of demo" in out
+    assert here.stages() == {"one"}
+    code, out = here.play("launch", "-e", "lab_run=other")
+    assert code == 2 and "n1: the server runs stage one of demo, not one of other" in out
     code, out = here.play("launch", "-e", "lab_stage_name=three")
     assert code == 2 and "no stage is called three; lab_stages has one, two" in out
     run = here.lab / "runs" / "demo" / "one" / "worker"
@@ -93,6 +96,19 @@ def test_playbooks_launch_keeps_the_stage(here: Here) -> None:
     assert code == 0 and here.stages() == {"two"} and re.search(r"n1 .*changed=0 ", out)
     assert here.play("stop")[0] == 0
     assert here.play("launch")[0] == 0 and here.stages() == {"two"}
+
+
+@needs_ansible
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="the node's service user is root")
+def test_playbooks_an_only_worker_comes_back(here: Here) -> None:
+    """There is nobody to give it data; it has its own."""
+    assert here.play("launch")[0] == 0
+    assert here.play("drain", "-e", "node=n1")[0] == 0 and (here.lab / "etc" / "drained").exists()
+    secret = ("-e", "lab_secret=" + "s" * 32)
+    code, out = here.play("add-worker", "-e", "node=n1", *secret)
+    assert code == 0 and not (here.lab / "etc" / "drained").exists(), out
+    assert '"running"' in here.play("status")[1].replace("\\", "")
 
 
 @needs_ansible
