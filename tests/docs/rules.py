@@ -47,9 +47,8 @@ def sets(**keys: object) -> tuple[str, ...]:
 SMALL = sets(steps=2, batch=2, context=64, eval_tokens=256)
 ONION = (*SMALL, "--set", "schedule.warmup=0")  # its own is 20 steps
 NARROW = ("--set", "dim=192")
-PLACEHOLDER = (
-    r"\.\.\.|\b(ARCH|BRANCH|DATA|DIR|FILE|HEAD|HOST|METHOD|PATH|RUN|RUNS|SIDECAR|SWEEP|TOKENIZER)\b|\bA B C\b"
-)
+FILLED_IN = "ARCH BRANCH DATA DIR FILE HEAD HOST METHOD NAME PATH RUN RUNS SIDECAR SWEEP TOKENIZER"
+PLACEHOLDER = rf"\.\.\.|\b({FILLED_IN.replace(' ', '|')})\b|\bA B C\b"
 BARE = r"^python -m \w+ \w+$|^torchrun train/pretrain.py$"
 
 
@@ -75,7 +74,9 @@ RULES = (
     Rule(BARE, "template", "the name of a command"),
     Rule(r"opt-125m|gpt2", "parsed", "downloads weights of others"),
     Rule(
-        r"--listen 192|server: \"192", "parsed", "an address of the reader's; tests/outer runs it on loopback"
+        r"--listen 192|server: \"192|status 192",
+        "parsed",
+        "an address of the reader's; tests/outer runs it on loopback",
     ),
     Rule(r"tests\.train\.test_mup", "parsed", "trains six models; tests/train/test_mup.py does a part of it"),
     Rule(r"-m pytest", "parsed", "the fast suite does it"),

@@ -11,12 +11,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 
 from tests.docs.pages import ROOT, commands
 from tests.docs.rules import rule_of
+from tests.docs.test_commands import ENVIRONMENT
 
 RUN = [c.text for c in commands() if (r := rule_of(c.text)) is not None and r.how == "run"]
 LIMIT_S = 1800
@@ -42,8 +44,10 @@ class Workspace:
         return self.done[text]
 
     def start(self, text: str, extra: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
-        program, *rest = shlex.split(text)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "WANDB_MODE": "disabled"}
+        words = shlex.split(text)
+        own = dict(word.split("=", 1) for word in takewhile(ENVIRONMENT.match, words))
+        program, *rest = words[len(own) :]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "WANDB_MODE": "disabled", **own}
         env.pop("PYTHONPATH", None)
         return subprocess.run(
             [*PROGRAM.get(program, [program]), *rest, *extra],
