@@ -27,9 +27,10 @@ PARTS = ("new", "ready", "running")
 class Refusals(Plays):
     def traces(self, live: bool) -> dict[str, tuple[int, ...]]:
         """Size, mode and time of every file of the nodes; live: but for those that running programs write."""
-        out = {}
-        for path in (self.lan.folder / "srv").rglob("*"):
-            words = path.relative_to(self.lan.folder / "srv").parts
+        out, top = {}, self.lan.folder / "srv"
+        # os.walk passes by folders that a running program removes meanwhile; rglob ends there
+        for path in (Path(at, name) for at, *names in os.walk(top) for name in names[0] + names[1]):
+            words = path.relative_to(top).parts
             if ".ansible" in words or (live and {"runs", "state", "__pycache__"} & {*words}):
                 continue
             try:
