@@ -46,7 +46,8 @@ STRETCH = 4  # the loss by position is measured up to this multiple of the train
 
 
 def score(lm: LanguageModel, view: View, config: Config, tokens: int) -> dict[str, Any]:
-    """{head: {"nats", "bits_per_byte", "top1", "targets"}} over the first `tokens` held-out tokens.
+    """{head: {"nats", "bits_per_byte", "top1", "targets"}} over the first `tokens` held-out tokens, in
+    whole groups of rows.
 
     Where a dataset asks for loss on a part of its tokens, losses are of that part; there is no top1 then.
     """
