@@ -140,6 +140,8 @@ def evaluate(
 
     Raises ConfigError, DatasetError or UserError.
     """
+    if min(tokens, samples) < 1:
+        raise UserError(f"--tokens {tokens}, --samples {samples}: want at least 1 of each")
     for spec in tasks:
         if spec != "mmlu" and not spec.startswith("lm-eval:"):
             parse(spec)  # a misspelt task shows before minutes of scoring
@@ -162,7 +164,7 @@ def evaluate(
     scored = {}
     if tasks:
         text = Text(tokenizer_of(run))
-        scorer = RunScorer(lm, text, config.run.precision, start=data.eos_id)
+        scorer = RunScorer(lm, text, config.run.precision, end=data.eos_id)
         scored = run_tasks(lm, text, scorer, list(tasks), samples, precision=config.run.precision)
     return {
         "run": str(run),

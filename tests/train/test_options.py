@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -248,6 +249,14 @@ def test_ema_follows_its_formula_and_is_evaluated_and_saved(request_of) -> None:
     assert scores == pytest.approx([last["losses"]["next"], last["ema"]["losses"]["next"]], rel=1e-5)
     with pytest.raises(UserError, match=r"run\.ema"):
         evaluate(Fit(request_of("plain")).stage.folder, None, tokens, averaged=True)
+    alone = done.stage.folder.parent / "alone"  # as `python -m model import` makes one
+    alone.mkdir()
+    for name in (checkpoint.CONFIG, checkpoint.MODEL):
+        shutil.copy(checkpoint.saved(done.stage.folder)[0] / name, alone)
+    with pytest.raises(UserError, match=r"run\.ema"):
+        evaluate(alone, done.stage.data.path, tokens, averaged=True)
+    with pytest.raises(UserError, match="want at least 1 of each"):
+        evaluate(done.stage.folder, None, tokens, samples=0)
 
 
 def test_statistics_of_every_site_and_sample_text_on_demand(request_of) -> None:
