@@ -141,6 +141,8 @@ def _optim(v: Values) -> Found:
     if len(betas) != want or not all(0 <= b < 1 for b in betas):
         example = ", like [0.98, 0.92, 0.99]" if want == 3 else ""
         yield "betas", f"want {'three' if want == 3 else 'two'} numbers in [0, 1){example}, got {betas}"
+    elif name == "schedulefree" and betas[0] == 0:
+        yield "betas", f"the first must be above 0: schedulefree averages by it; got {betas}"
     for key, names in OPTIMIZERS_WITH.items():
         if v.get(key) and name not in names:
             yield key, f"the optimizer {name!r} cannot; those that can: {', '.join(names)}"

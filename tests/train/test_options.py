@@ -339,6 +339,7 @@ BAD = {
         "optim.name=schedulefree",
         "schedule.kind=constant",
     ),
+    "schedule-free without an average": ("optim={name: schedulefree, betas: [0.0, 0.9]}", "averages by it"),
     "nowcast under an outer loop": ("outer.kind=diloco", "choose one of the two", "nowcast.every=2"),
     "plateau under async": (
         "grow.when=plateau",
