@@ -99,6 +99,11 @@ def decay_now(stage: Stage, state: TrainState) -> None:
             f"--decay-now: the checkpoint stands at step {where}, and the decay began at step "
             f"{state.schedule.decay_at} of {state.schedule.total}; take an earlier checkpoint"
         )
+    if where < state.schedule.warmup:
+        raise UserError(
+            f"--decay-now: the checkpoint stands at step {where}, in the warm-up of "
+            f"{state.schedule.warmup} steps, whose rate still rises; take a later checkpoint"
+        )
     state.schedule.planned = fresh.planned
     state.schedule.start_decay(where)
 

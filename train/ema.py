@@ -26,7 +26,7 @@ PREFIX = "ema/weights/"  # in a checkpoint's training tensors
 
 def load_into(model: nn.Module, folder: Path) -> None:
     """Give `model` the averaged weights that a checkpoint holds. Raises UserError when it holds none."""
-    tensors = load_file(folder / checkpoint.TRAIN)
+    tensors = {} if checkpoint.is_weights_alone(folder) else load_file(folder / checkpoint.TRAIN)
     found = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
     if not found:
         raise UserError(f"{folder}: no averaged weights in it; the run was trained without run.ema")

@@ -46,7 +46,8 @@ STRETCH = 4  # the loss by position is measured up to this multiple of the train
 
 
 def score(lm: LanguageModel, view: View, config: Config, tokens: int) -> dict[str, Any]:
-    """{head: {"nats", "bits_per_byte", "top1", "targets"}} over the first `tokens` held-out tokens.
+    """{head: {"nats", "bits_per_byte", "top1", "targets"}} over the first `tokens` held-out tokens, in
+    whole groups of rows.
 
     Where a dataset asks for loss on a part of its tokens, losses are of that part; there is no top1 then.
     """
@@ -139,6 +140,8 @@ def evaluate(
 
     Raises ConfigError, DatasetError or UserError.
     """
+    if min(tokens, samples) < 1:
+        raise UserError(f"--tokens {tokens}, --samples {samples}: want at least 1 of each")
     for spec in tasks:
         if spec != "mmlu" and not spec.startswith("lm-eval:"):
             parse(spec)  # a misspelt task shows before minutes of scoring
@@ -161,7 +164,7 @@ def evaluate(
     scored = {}
     if tasks:
         text = Text(tokenizer_of(run))
-        scorer = RunScorer(lm, text, config.run.precision, start=data.eos_id)
+        scorer = RunScorer(lm, text, config.run.precision, end=data.eos_id)
         scored = run_tasks(lm, text, scorer, list(tasks), samples, precision=config.run.precision)
     return {
         "run": str(run),

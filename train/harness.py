@@ -34,13 +34,14 @@ class Scorer(Protocol):
 
 
 class RunScorer:
-    """precision: of the run, `fp32` or `bf16`. An empty context is the end of a document (`start`)."""
+    """precision: of the run, `fp32` or `bf16`. end: the id that ends a document: what stands before an empty
+    context, and where a text is over."""
 
-    def __init__(self, lm: LanguageModel, text: Text, precision: str = "fp32", start: int = 0) -> None:
-        self.lm, self.text, self.precision, self.start = lm.eval(), text, precision, start
+    def __init__(self, lm: LanguageModel, text: Text, precision: str = "fp32", end: int = 0) -> None:
+        self.lm, self.text, self.precision, self.end = lm.eval(), text, precision, end
 
     def _ids(self, context: str) -> list[int]:
-        return self.text.encode(context) if context else [self.start]
+        return self.text.encode(context) if context else [self.end]
 
     @torch.no_grad()
     def score(self, context: str, continuation: str) -> tuple[float, bool]:
@@ -63,9 +64,11 @@ class RunScorer:
             raise UserError(str(error)) from None
         ids = torch.tensor([self._ids(context)])
         with autocast(CPU, self.precision):
-            made = self.lm.generate(ids, max_new_tokens=max_new_tokens, temperature=0.0)
-        text = self.text.decode(made[0, ids.shape[1] :].tolist())
-        return cut_before(text, until)
+            made = self.lm.generate(ids, max_new_tokens=max_new_tokens, temperature=0.0, stop=self.end)
+        new = made[0, ids.shape[1] :].tolist()
+        if new[-1:] == [self.end]:
+            new.pop()  # no text, and a decoder need not know that
+        return cut_before(self.text.decode(new), until)
 
 
 def cut_before(text: str, until: Sequence[str]) -> str:

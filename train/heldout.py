@@ -26,7 +26,8 @@ GROUP_TOKENS = 4096  # tokens scored at once; also the groups that the plateau r
 @dataclass(frozen=True)
 class Scores:
     """loss: weighted over heads, as in training. losses: {head: nats per token}. bpb: {head: bits per byte
-    of the text that it predicts}. groups: weighted loss of every group of rows. stats: the model's own."""
+    of the text that it predicts}. groups: weighted loss of every group of rows. tokens: of the rows that were
+    scored. stats: the model's own."""
 
     loss: float
     losses: dict[str, float]
@@ -39,7 +40,8 @@ class Scores:
 def evaluate(lm: LanguageModel, view: View, run: RunConfig, world: World) -> Scores:
     """Score the first `run.eval_tokens` tokens of the held-out view (less if it is shorter).
 
-    Rows are cut into groups whatever the number of ranks, so the result does not depend on it.
+    Rows are cut into groups of equal size whatever the number of ranks, so the result does not depend on it;
+    rows that are left over are not scored.
     """
     rows = max(1, min(view.rows, run.eval_tokens // run.context))
     size = max(1, min(rows, GROUP_TOKENS // run.context))
@@ -64,7 +66,7 @@ def evaluate(lm: LanguageModel, view: View, run: RunConfig, world: World) -> Sco
     finally:
         lm.train(was_training)
         settle(lm)
-    return _scores(lm, world.sum(sums).cpu(), mean_stats(world.gather(stats)), rows * run.context)
+    return _scores(lm, world.sum(sums).cpu(), mean_stats(world.gather(stats)), groups * size * run.context)
 
 
 def shares(groups: int, world: World, together: bool) -> list[int]:

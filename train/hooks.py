@@ -111,16 +111,17 @@ class RunHooks:
             where = replay.keep(self.run, state, micros, result, self._text, self.world)
             self.log.say(f"its batch and state are kept: python train/pretrain.py --replay {where}")
 
-    def score(self, state: TrainState, tokens: int) -> float:
-        """Held-out loss of the model as it is, in another order of rows than `evaluate` has."""
+    def score(self, state: TrainState, tokens: int) -> tuple[float, int]:
+        """Held-out loss of the model as it is, in another order of rows than `evaluate` has, and the tokens
+        that were scored: less than `tokens` where they are not whole groups of rows, or not there."""
         assert self.heldout is not None  # settled
         if self._gate is None:
             run = self.config.run
             options: dict[str, Any] = {"packing": run.packing, "seed": 1, "split": "heldout"}
             self._gate = self.heldout.dataset.view(run.context, **options)
-        return evaluate(
-            state.model, self._gate, replace(self.config.run, eval_tokens=tokens), self.world
-        ).loss
+        asked = replace(self.config.run, eval_tokens=tokens)
+        found = evaluate(state.model, self._gate, asked, self.world)
+        return found.loss, found.tokens
 
     def evaluate(self, state: TrainState) -> None:
         if self.heldout is None:

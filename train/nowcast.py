@@ -28,7 +28,7 @@ from model.schema import ConfigError
 from model.sections import NowcastConfig
 
 HIDDEN = 32
-Score = Callable[[Any, int], float]
+Score = Callable[[Any, int], tuple[float, int]]
 
 
 class NowcastNet(nn.Module):
@@ -90,18 +90,19 @@ class Nowcast:
 
     @torch.no_grad()
     def maybe_jump(self, state: Any, score: Score) -> None:
-        """Called after every step. score(state, tokens): held-out loss of the model as it is."""
+        """Called after every step. score(state, tokens): held-out loss of the model as it is,
+        and the tokens scored for it."""
         if not self.config.every or state.step % self.config.every:
             return
         weights = self._weights()
         self.kept = [*self.kept, {n: p.detach().clone() for n, p in weights.items()}][-self.config.history :]
         if len(self.kept) < self.config.history:
             return
-        before = score(state, self.config.gate)
+        before, first = score(state, self.config.gate)
         for name, p in weights.items():
             p.add_(moves(self.net, [past[name] for past in self.kept]).to(p.dtype))
-        after = score(state, self.config.gate)
-        self.gate_tokens += 2 * self.config.gate
+        after, second = score(state, self.config.gate)
+        self.gate_tokens += first + second
         better = after <= before
         if better:
             self.taken += 1

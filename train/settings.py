@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from model.schema import Config, ConfigError
@@ -63,5 +64,17 @@ def _clashes(config: Config, world: World, rows: int) -> Iterator[str]:
             yield "run.spike_sigma: with optim.release a step is taken before its gradient norm is known"
         if optim.wiener:
             yield "optim.wiener: with optim.release a step is taken before its gradients are at hand"
-    if config.select.rho is not None and not any(h.shift == 1 for h in config.heads.values()):
-        yield "select.rho: the reference predicts the next token, and no head here does"
+    yield from _selection(config, rows)
+
+
+def _selection(config: Config, rows: int) -> Iterator[str]:
+    rho = config.select.rho
+    if rho is None:
+        return
+    if not any(h.kind == "parallel" or (h.kind == "single" and h.shift == 1) for h in config.heads.values()):
+        yield "select.rho: the reference predicts the next token, and no single or parallel head here does"
+    if rho.unit == "row" and not rho.soften and rho.keep < 1 and math.ceil(rho.keep * rows) >= rows:
+        yield (
+            f"select.rho: unit: row keeps {rho.keep} of the sequences of a micro batch, which is all {rows}; "
+            f"set run.micro to at least {math.ceil(1 / (1 - rho.keep))}, or a smaller keep"
+        )

@@ -81,6 +81,9 @@ HEAD_KEYS: dict[str, tuple[str, ...]] = {  # what only some kinds of head have
 }
 
 
+LOSS_KEYS: dict[str, tuple[str, ...]] = {"gamma": ("mile",), "alpha": ("alpha",)}
+
+
 def check(cls: type, values: Values) -> Found:
     """Everything that is wrong with the values of one mapping."""
     for key, low in AT_LEAST.get(cls, {}).items():
@@ -105,11 +108,17 @@ def _config(v: Values) -> Found:
         yield "embed.project", f"{embed.project} is not dim: {v['dim']}; both are the width of the model"
 
 
+def _of_kind(v: Values, cls: type, keys: dict[str, tuple[str, ...]], what: str) -> Found:
+    """Keys that only some kinds of a section have, given for another."""
+    kind = v.get("kind", getattr(cls, "kind", None))
+    for key, kinds in keys.items():
+        if key in v and v[key] != getattr(cls, key, None) and kind not in kinds:
+            yield key, f"is for the kinds {', '.join(kinds)}, and this {what} is {kind}"
+
+
 def _head(v: Values) -> Found:
     kind = v.get("kind", "single")
-    for key, kinds in HEAD_KEYS.items():
-        if key in v and v[key] != getattr(schema.HeadConfig, key, None) and kind not in kinds:
-            yield key, f"is for the kinds {', '.join(kinds)}, and this head is {kind}"
+    yield from _of_kind(v, schema.HeadConfig, HEAD_KEYS, "head")
     if kind in ("parallel", "mask", "var") and (v.get("ffn") or {}).get("act") == "rwkv":
         yield "ffn", f"act: rwkv looks at the token before, which a {kind} head does not keep"
 
@@ -132,6 +141,8 @@ def _optim(v: Values) -> Found:
     if len(betas) != want or not all(0 <= b < 1 for b in betas):
         example = ", like [0.98, 0.92, 0.99]" if want == 3 else ""
         yield "betas", f"want {'three' if want == 3 else 'two'} numbers in [0, 1){example}, got {betas}"
+    elif name == "schedulefree" and betas[0] == 0:
+        yield "betas", f"the first must be above 0: schedulefree averages by it; got {betas}"
     for key, names in OPTIMIZERS_WITH.items():
         if v.get(key) and name not in names:
             yield key, f"the optimizer {name!r} cannot; those that can: {', '.join(names)}"
@@ -139,6 +150,10 @@ def _optim(v: Values) -> Found:
         yield "release", "there is no global gradient norm when gradients are released: set clip: 0"
     if v.get("momentum", 0.95) >= 1:
         yield "momentum", f"want a number in [0, 1), got {v['momentum']}"
+
+
+def _loss(v: Values) -> Found:
+    yield from _of_kind(v, sections.LossConfig, LOSS_KEYS, "loss")
 
 
 def _rho(v: Values) -> Found:
@@ -154,6 +169,11 @@ def _select(v: Values) -> Found:
 def _activations(v: Values) -> Found:
     if v.get("bits") not in (None, 2, 4, 8):
         yield "bits", f"want 2, 4 or 8, or null for none, got {v['bits']}"
+    only = v.get("only", ["mlp"])
+    if v.get("bits") is None and only != ["mlp"]:
+        yield "only", f"{only}: nothing is stored in few bits without `bits`; set it to 2, 4 or 8"
+    if v.get("bits") is not None and not only:
+        yield "only", "is empty: name blocks, bank modules or sites, like [mlp], or leave out `bits`"
 
 
 def _outer(v: Values) -> Found:
@@ -242,6 +262,7 @@ _CHECKS: dict[type, Callable[[Values], Found]] = {
     sections.RunConfig: _run,
     sections.OptimConfig: _optim,
     sections.OuterConfig: _outer,
+    sections.LossConfig: _loss,
     sections.RhoConfig: _rho,
     sections.SelectConfig: _select,
     sections.ActivationsConfig: _activations,

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from model.core import NO_AUX, Aux, Cost, Ctx, State, docs_of
+from model.core import NO_AUX, Aux, Cost, Ctx, State, at_least_fp32, docs_of
 from model.flops import linear_flops
 from model.heads.base import Head, HeadCost, HeadStep, Reading, Words, readouts_of
 from model.heads.history import History, Splice, empty_history, segments_of, splice, tail
@@ -174,7 +174,8 @@ class VarHead(BlockHead):
         rows = self.row_norm(words.embed(words.ids.flatten()[blocks.token])) * blocks.valid[..., None]
         told = self.gather(rows.flatten(1))[None]
         entered = self.quant("enter", told)
-        codes = self.quant.encode_z(entered.code.detach()).flatten()
+        with torch.autocast(told.device.type, enabled=False):  # in bf16 a code may be nearest to another
+            codes = self.quant.encode_z(entered.code.detach().to(at_least_fp32(told.dtype))).flatten()
         code = self.quant("exit", entered.code).y[0]
         h = self.slots(base, code[:, None], trunk, sight)
         labels = words.labels.flatten()[blocks.token].masked_fill(~blocks.valid, IGNORE)

@@ -51,8 +51,11 @@ class Selector(nn.Module):
             return F.linear(normed, self.score.weight.to(wide.dtype))[..., 0]
 
     def choose(self, score: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """score [B, T] -> chosen, bool [B, T]. tokens: bool [B, T], False for padding."""
-        if self.training:
+        """score [B, T] -> chosen, bool [B, T]. tokens: bool [B, T], False for padding.
+
+        Scores count for the moving average in training alone; a frozen selector's threshold rests.
+        """
+        if self.training and self.score.weight.requires_grad:
             self.collect(score.detach().flatten() if tokens is None else score.detach()[tokens])
         chosen = score > self.threshold
         return chosen if tokens is None else chosen & tokens

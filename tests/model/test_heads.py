@@ -128,6 +128,21 @@ def test_mask_noise_has_every_size_and_only_tokens():
     assert abs(float((scale * m).double().mean() - count.double().mean())) < 1e-4
 
 
+def test_var_is_told_the_code_that_it_used_in_bf16_too(monkeypatch):
+    lm = build(KINDS["var"]).float()
+    quant, used = lm.heads["mtp"].quant, []
+    with torch.no_grad():  # codes that lie close together, as young ones do
+        quant.books[0].table.copy_(torch.randn(32) + 0.02 * torch.randn(16, 32))
+    quantize = quant.quantize
+    monkeypatch.setattr(quant, "quantize", lambda z, k: (used.append(quant.encode_z(z)), quantize(z, k))[1])
+    x = ids(4, 40)
+    readings: list[Any] = []
+    lm.heads["mtp"].register_forward_hook(lambda m, a, step: readings.extend(step.readings[""]))
+    with torch.autocast("cpu", torch.bfloat16):
+        lm(x, labels=x)
+    assert torch.equal(readings[1].targets, used[0].flatten()) and len(used[0].unique()) > 1
+
+
 # ----------------------------------------------------------------------------- what they see
 
 

@@ -170,6 +170,16 @@ def test_the_threshold_finds_its_rate(keep):
     assert abs(float(mod.eval()("enter", skewed).aux.stats["kept"]) - keep) < 0.02
 
 
+def test_a_frozen_threshold_rests():
+    mod = make_wrap("mod", D, keep=0.5).train()
+    start = mod.select.threshold.clone()
+    for moves in (False, True):
+        mod.requires_grad_(moves)
+        mod("enter", torch.randn(4, 32, D) + 1)
+        upkeep(nn.ModuleList([mod]))
+        assert torch.equal(mod.select.threshold, start) is not moves
+
+
 def test_topk_keeps_its_share_of_every_document_and_looks_ahead(wrapped):
     torch.manual_seed(0)
     mod = make_wrap("mod", D, keep=0.3, router="topk")

@@ -68,5 +68,8 @@ def test_decay_now_is_refused_where_it_means_nothing(request_of) -> None:
     done = Fit(request_of("c"))
     with pytest.raises(UserError, match="the decay began at step"):
         Fit(request_of("d", init_from=done.stage.folder, decay_now=True))
+    early = done.stage.folder / "checkpoints" / "step_00000004"
+    with pytest.raises(UserError, match="step 4, in the warm-up of 6 steps"):
+        Fit(request_of("f", "schedule.warmup=6", init_from=early, decay_now=True))
     with pytest.raises(UserError, match=r"run\.batch"):
         Fit(request_of("e", "run.batch=2", init_from=done.stage.folder, decay_now=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from torch import nn
 
 import model
 from model.schema import ConfigError
-from model.sections import ActivationsConfig
+from model.sections import ActivationsConfig, OptimConfig
 from tests.train.conftest import Fit, equal
 from train import activations, optim
 from train.activations import GROUP, compress, restore
@@ -149,6 +151,17 @@ def test_released_gradients_make_the_same_step_and_resume(request_of, name) -> N
     Fit(request_of("parts", *sets, "optim.release=true", arch="mixed"), stop_after=5)
     parts = Fit(request_of("parts", *sets, "optim.release=true", arch="mixed", resume=True))
     assert equal(whole.tensors(), parts.tensors())
+
+
+def test_a_released_gradient_that_is_not_finite_leaves_weights_that_are() -> None:
+    layer = torch.nn.Linear(2, 2)
+    release = Release(optim.build(layer, OptimConfig(name="adalomo", clip=0.0), set(), {}))
+    release.begin()
+    y = layer(torch.ones(1, 2))
+    loss = (y - y.detach()).abs().sum().sqrt()  # 0, and its slope is not a number
+    loss.backward()
+    assert bool(loss.isfinite()) and math.isnan(release.norm())
+    assert all(bool(p.isfinite().all()) for p in layer.parameters())
 
 
 def test_release_never_holds_two_gradients() -> None:

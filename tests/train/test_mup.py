@@ -73,6 +73,21 @@ def test_scales_follow_the_table() -> None:
     assert mup.scales(model.build(config_of(32, True), vocab=64), config_of(32, True)) == ({}, {})
 
 
+def test_stacked_vectors_learn_as_vectors_do() -> None:
+    """Rows that are added to the stream, and gains of norms, one a site: no matrices, though they have two
+    dimensions."""
+    stack = [{"rwkv6": {"head_dim": 16}}, {"shared_mlp": {"bank": "b", "mult": 2}}]
+    heads = {"next": {}, "drafts": {"kind": "mask", "attn": {"head_dim": 16}}}
+    config = load({"dim": 64, "stack": stack, "heads": heads, "optim": {"mup": {"base": 32}}})
+    lm = model.build(config, vocab=64)
+    rates, _ = mup.scales(lm, config)
+    linear = {f"{path}.weight" for path, m in lm.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert rates and set(rates) <= linear
+    assert {"heads.drafts.place", "bank.b.block.norm"} <= {
+        n for n, p in lm.named_parameters() if p.dim() == 2
+    }
+
+
 def test_the_base_width_is_the_model_as_it_was() -> None:
     tokens = torch.randint(64, (2, 10))
     logits = []

@@ -33,7 +33,7 @@ def run(net: NowcastNet, better: bool) -> tuple[nn.Linear, Nowcast, torch.Tensor
         with torch.no_grad():
             layer.weight.add_(0.1)
             before = layer.weight.clone()
-        cast.maybe_jump(SimpleNamespace(step=step), lambda state, tokens: next(losses))
+        cast.maybe_jump(SimpleNamespace(step=step), lambda state, tokens: (next(losses), tokens))
     return layer, cast, before
 
 
@@ -127,6 +127,8 @@ def test_the_gate_scores_rows_packed_as_the_run_s_are(request_of, monkeypatch) -
     monkeypatch.setattr(
         train.hooks, "evaluate", lambda lm, view, *rest: (views.append(view), real(lm, view, *rest))[1]
     )
-    done = Fit(request_of("run", "run.packing=documents", "nowcast={every: 2, history: 2, gate: 64}"))
+    done = Fit(request_of("run", "run.packing=documents", "nowcast={every: 2, history: 2, gate: 100}"))
     assert len({id(v) for v in views}) == 2  # the evaluation's and the gate's
     assert {v.rows for v in views} == {done.stage.heldout.rows}
+    (*_, last) = (r for r in done.records if r.get("event") == "nowcast")
+    assert last["gate_tokens"] == (last["taken"] + last["refused"]) * 2 * 96  # 3 whole rows of 32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -248,6 +249,14 @@ def test_ema_follows_its_formula_and_is_evaluated_and_saved(request_of) -> None:
     assert scores == pytest.approx([last["losses"]["next"], last["ema"]["losses"]["next"]], rel=1e-5)
     with pytest.raises(UserError, match=r"run\.ema"):
         evaluate(Fit(request_of("plain")).stage.folder, None, tokens, averaged=True)
+    alone = done.stage.folder.parent / "alone"  # as `python -m model import` makes one
+    alone.mkdir()
+    for name in (checkpoint.CONFIG, checkpoint.MODEL):
+        shutil.copy(checkpoint.saved(done.stage.folder)[0] / name, alone)
+    with pytest.raises(UserError, match=r"run\.ema"):
+        evaluate(alone, done.stage.data.path, tokens, averaged=True)
+    with pytest.raises(UserError, match="want at least 1 of each"):
+        evaluate(done.stage.folder, None, tokens, samples=0)
 
 
 def test_statistics_of_every_site_and_sample_text_on_demand(request_of) -> None:
@@ -330,6 +339,7 @@ BAD = {
         "optim.name=schedulefree",
         "schedule.kind=constant",
     ),
+    "schedule-free without an average": ("optim={name: schedulefree, betas: [0.0, 0.9]}", "averages by it"),
     "nowcast under an outer loop": ("outer.kind=diloco", "choose one of the two", "nowcast.every=2"),
     "plateau under async": (
         "grow.when=plateau",
@@ -340,6 +350,9 @@ BAD = {
     "release with clipping": ("optim={name: adalomo, release: true}", "clip: 0"),
     "selection without a reference": ("select.rho={keep: 0.5}", "ref"),
     "selection without its sidecar": ("select.rho={ref: nothing}", "no finished sidecar"),
+    "a parameter of another loss": ("loss.gamma=2", "for the kinds mile, and this loss is ce"),
+    "few bits of nothing": ("activations={bits: 4, only: []}", "is empty"),
+    "sites without bits": ("activations.only=[attention]", "without `bits`"),
     "unknown site": ("activations.checkpoint=[mpl]", "did you mean 'mlp'"),
     "unknown network": ("nowcast={every: 2, net: nowhere.safetensors}", "holds no network"),
     "width that cannot be": ("optim.mup.base=7", "cannot be built at width 7"),

@@ -59,6 +59,15 @@ def test_selection_resumes_bit_equal_and_reports_all_tokens(request_of, side, mo
         assert two["loss"] == pytest.approx(two["losses"]["next"] + 0.5 * two["losses"]["recon"], rel=1e-5)
 
 
+def test_a_selection_that_would_drop_nothing_is_refused(request_of, side) -> None:
+    """Of 2 rows, 0.6 are 2; and the blocks of a mask head have no reference."""
+    with pytest.raises(ConfigError, match=r"which is all 2; set run\.micro to at least 3"):
+        Fit(request_of("rows", f"select.rho={{ref: {side}, keep: 0.6, unit: row}}"))
+    drafts = "heads={recon: {shift: 0}, next: {kind: mask, attn: {head_dim: 16}}}"
+    with pytest.raises(ConfigError, match="no single or parallel head here does"):
+        Fit(request_of("blocks", f"select.rho={{ref: {side}}}", drafts))
+
+
 def test_the_largest_excess_is_kept_and_padding_never() -> None:
     excess = torch.tensor([1.0, 5.0, 3.0, 2.0, 0.0, 9.0, 9.0, 4.0])
     counted = torch.tensor([1, 1, 1, 1, 1, 0, 0, 1]).bool()

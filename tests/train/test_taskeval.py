@@ -73,6 +73,27 @@ def test_a_score_is_the_sum_of_the_models_own_losses() -> None:
     assert cut_before("one. two; three", [";", "."]) == "one"
 
 
+def test_a_text_ends_with_its_document() -> None:
+    class Says:
+        """Writes "hi", ends the document and begins another."""
+
+        def eval(self):
+            return self
+
+        def init_state(self, batch):
+            return {}
+
+        def generate(self, ids, max_new_tokens, temperature, stop):
+            new = [*b"hi", 256, *b"more"][:max_new_tokens]
+            new = new[: new.index(stop) + 1] if stop in new else new
+            return torch.cat([ids, torch.tensor([new])], dim=1)
+
+    text = SimpleNamespace(encode=lambda s: list(s.encode()), decode=lambda ids: bytes(ids).decode())
+    scorer = RunScorer(Says(), text, end=256)  # type: ignore[arg-type]
+    assert scorer.write("q", [], 20) == "hi" and scorer.write("q", ["i"], 20) == "h"
+    assert scorer.write("q", [], 2) == "hi"
+
+
 MMLU = {
     "algebra": "The following are questions.\n\n"
     "Q: What is 1+1?\n(A) 1 (B) 2 (C) 3 (D) 4\nA: Let's think. The answer is (B).\n\n"

@@ -3,7 +3,7 @@
 Yang et al. 2022 (arXiv 2203.03466, table 8, Adam), against the same configuration at `dim: base`:
 
     weights of hidden matrices   lr and updates by  base_in / in    (`in`: columns, where they grew)
-    tokens in, vectors           lr as it is
+    tokens in, vectors           lr as it is                    (also vectors that are stacked)
     logits                       times  base / dim                  (model.lm)
 
 Hidden matrices are initialised with variance ~ 1 / in by the blocks already. Weight decay is multiplied by
@@ -20,6 +20,7 @@ import torch
 import model
 from model.lm import LanguageModel
 from model.schema import Config, ConfigError
+from train.optim.groups import traits_of
 
 
 def scales(lm: LanguageModel, config: Config) -> tuple[dict[str, float], dict[str, float]]:
@@ -27,11 +28,12 @@ def scales(lm: LanguageModel, config: Config) -> tuple[dict[str, float], dict[st
     if config.optim.mup is None:
         return {}, {}
     base = shapes_at(config, config.optim.mup.base, lm.vocab)
+    matrices = traits_of(lm, set(), {}).matrix
     lr, decay = {}, {}
     for name, p in lm.named_parameters():
         if name not in base or len(base[name]) != p.dim():
             raise ConfigError([f"optim.mup.base: at that width the model has no weight {name}"])
-        if p.dim() == 2 and not name.startswith("embed") and base[name][1] != p.shape[1]:
+        if name in matrices and base[name][1] != p.shape[1]:
             lr[name] = base[name][1] / p.shape[1]
             decay[name] = 1 / lr[name]
     return lr, decay

@@ -3,6 +3,9 @@
 The gradients of a model never exist together (LOMO, Lv et al. 2023, arXiv 2306.09782). A parameter that is
 used at several sites is updated once, when all of its gradient has come together. Reentrant checkpointing
 breaks that: each of its inner backward passes would count as the whole, so it is refused when it is met.
+
+An update cannot be taken back when a later gradient is not finite. What is not finite in a gradient acts as
+zero, so that no weight becomes NaN; the norm tells, and the step is counted among the refused.
 """
 
 from __future__ import annotations
@@ -46,5 +49,6 @@ class Release:
         assert p.grad is not None
         self._done.add(name)
         self._squares.append(p.grad.float().square().sum())
+        p.grad.nan_to_num_(0.0, 0.0, 0.0)
         self.optimizer.step(param=p)
         p.grad = None
