@@ -73,7 +73,8 @@ def gla(
     g:     [B, T, H, K], at most 0; or [B, T, H], one decay a head: then it is gated retention, and the
            state-space dual's operator serves it.
     scale: K^-1/2 by default.
-    floor: a bound that the caller guarantees, g >= floor; the fast form is then chosen without a look.
+    floor: a bound that the caller guarantees, g >= floor; from -60 / 64 on the fast form is chosen without a
+           look.
     want_state: False saves making the final state, where it costs something, and gives None.
     """
     scale = _check("gla", q, k, v, scale, state, g=g)
