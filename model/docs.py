@@ -24,8 +24,8 @@ class Docs:
     max_len:    length of the longest document (padding runs not counted).
     padded:     whether any segment is -1.
     carried:    [B] int64, the document that a state belongs to that comes with a call; None: the first
-                of each row. An id that is not in the row (a shortened document may have no position
-                left in this call): every document starts anew.
+                of each row. An id below those in the row (a shortened document may have no position
+                left in this call): every document starts anew. A row of padding alone keeps its state.
 
     The carried document's positions go on from the state's own count; every other one starts anew.
     """
@@ -107,8 +107,11 @@ class Docs:
         return self.segments >= 0
 
     def first_segment(self) -> Tensor:
-        """[B] segment id of the document that a passed-in state belongs to; -2 if there is none."""
-        return self._edge(first=True) if self.carried is None else self.carried
+        """[B] segment id of the document that a passed-in state belongs to; -2 in a row of padding alone,
+        whose state goes on as it is."""
+        if self.carried is None:
+            return self._edge(first=True)
+        return torch.where(self.tokens.any(1), self.carried, -2)
 
     def last_segment(self) -> Tensor:
         """[B] segment id of each row's last document (what the final state belongs to); -2 if none."""

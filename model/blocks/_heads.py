@@ -8,14 +8,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from model.core import Block, Ctx, rotary_positions
-from model.ops.rope import rope, rope_tables
+from model.ops.rope import check_rope, rope, rope_tables
 
 
 class GroupedHeads(Block):
     """q_proj k_proj v_proj o_proj, named as in transformers' Llama; group query heads share a k and a v.
 
     heads: H; None is dim / head_dim.    rotary: q and k will be turned, which wants an even head_dim.
-    Raises ValueError when heads, head_dim and group do not divide.
+    Raises ValueError when heads, head_dim and group do not divide, and for sizes below 1.
     """
 
     def __init__(
@@ -32,8 +32,8 @@ class GroupedHeads(Block):
         heads = _heads(dim, head_dim, heads)
         if group < 1 or heads % group:
             raise ValueError(f"group={group} must divide the {heads} query heads")
-        if rotary and head_dim % 2:
-            raise ValueError(f"head_dim={head_dim} must be even for RoPE")
+        if rotary:
+            check_rope(head_dim, theta)
         self.heads, self.kv_heads, self.head_dim, self.theta = heads, heads // group, head_dim, theta
         self.q_proj = nn.Linear(dim, heads * head_dim, bias=False)
         self.k_proj = nn.Linear(dim, self.kv_heads * head_dim, bias=False)
@@ -60,6 +60,8 @@ class GroupedHeads(Block):
 
 
 def _heads(dim: int, head_dim: int, heads: int | None) -> int:
+    if head_dim < 1 or (heads is not None and heads < 1):
+        raise ValueError(f"head_dim={head_dim}, heads={heads}: must be at least 1")
     if heads is not None:
         return heads
     if dim % head_dim:

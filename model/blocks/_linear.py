@@ -20,6 +20,7 @@ from model.blocks._gate import head_gate
 from model.core import Block, Cost, at_least_fp32
 from model.ops.conv import causal_conv
 from model.ops.documents import Documents
+from model.ops.select import known_backend
 
 
 class LinearState(NamedTuple):
@@ -74,9 +75,12 @@ class HeadNorm(nn.Module):
 class LinearMixer(Block):
     """Projections, optional short convolutions, and the state of a linear-attention block.
 
+    operator: of `model.ops`, to which `backend` belongs.
     heads, head_dim: one of them; head_dim is V, the width of a value head, H = expand_v * dim / V.
     gate: a learned gate per head and token before the output matrix; see `model.blocks._gate`.
     """
+
+    operator: str
 
     def __init__(
         self,
@@ -90,7 +94,8 @@ class LinearMixer(Block):
         gate: bool = False,
     ) -> None:
         super().__init__(dim)
-        self.heads, self.backend, self.conv_backend = heads, backend, conv_backend
+        self.heads, self.backend = heads, known_backend(self.operator, backend)
+        self.conv_backend = known_backend("conv", conv_backend)
         self.key_width = share(dim, expand_k, heads, "expand_k")
         self.value_width = share(dim, expand_v, heads, "expand_v")
         if conv < 0:
@@ -182,6 +187,14 @@ def share(dim: int, expand: float, heads: int, name: str) -> int:
             f"{name}={expand} of dim={dim} is {dim * expand:g}, which {heads} heads do not share"
         )
     return width // heads
+
+
+def check_normalizer(gate_normalizer: float) -> None:
+    """Raises ValueError unless logsigmoid(.) / gate_normalizer is a log decay."""
+    if gate_normalizer <= 0:
+        raise ValueError(
+            f"gate_normalizer={gate_normalizer}: must be above 0, or decays would not be below 1"
+        )
 
 
 def unit(x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from model.ops.attention.cpu import attention_flops
 from model.ops.conv import causal_conv
 from model.ops.norm import RMSNorm
 from model.ops.rope import rope, rope_tables
+from model.ops.select import known_backend
 from model.registry import block
 
 POSITIONS = ("rope", "alibi", "none")
@@ -90,7 +91,7 @@ class Attention(GroupedHeads):
             raise ValueError(f"position={position!r}: must be one of {', '.join(POSITIONS)}")
         if conv < 0:
             raise ValueError(f"conv={conv}: a width, or 0 for none")
-        self.position, self.backend = position, backend
+        self.position, self.backend = position, known_backend("attention", backend)
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.sinks = nn.Parameter(torch.zeros(self.heads)) if sinks else None

@@ -19,6 +19,7 @@ from model.ops.attention.cache import FixedKV, GrowingKV, View, empty_cache, ext
 from model.ops.attention.cpu import attention_flops
 from model.ops.attention.places import resolve
 from model.ops.nsa import Grid, Pooled, nsa, nsa_flops
+from model.ops.select import known_backend
 from model.registry import block
 
 
@@ -70,7 +71,7 @@ class CompressedAttention(GroupedHeads):
             raise ValueError(f"window={window}: tokens, at least 1")
         self.grid = Grid(pool, stride, block, count)
         self.grid.check()
-        self.window, self.backend = window, backend
+        self.window, self.backend = window, known_backend("nsa", backend)
         self.g_proj = nn.Linear(dim, 3 * self.heads, bias=False)
         self.pool_logits = nn.Parameter(torch.zeros(2, self.kv_heads, pool))  # of keys, of values
 

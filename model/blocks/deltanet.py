@@ -84,6 +84,8 @@ class DeltaNet(DeltaMixer):
     Raises ValueError when the heads do not share the widths.
     """
 
+    operator = "delta_rule"
+
     def __init__(
         self,
         dim: int,

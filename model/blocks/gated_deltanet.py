@@ -30,6 +30,7 @@ class GatedDeltaNet(DeltaMixer):
     Raises ValueError when the heads do not share the widths.
     """
 
+    operator = "gated_delta_rule"
     no_decay = ("A_log", "dt_bias")
 
     def __init__(

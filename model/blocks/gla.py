@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks._gate import gated
-from model.blocks._linear import HeadNorm, LinearMixer, LinearState, count_heads
+from model.blocks._linear import HeadNorm, LinearMixer, LinearState, check_normalizer, count_heads
 from model.core import Ctx, Step, at_least_fp32, docs_of
 from model.ops.linear import gla, gla_flops
 from model.registry import block
@@ -30,8 +30,10 @@ class GLA(LinearMixer):
     gate: a gate per head and token before W_o; see `model.blocks._gate`.
     backend, conv_backend: of `model.ops.linear` and `model.ops.conv`; a named one never falls back.
 
-    Raises ValueError when the heads do not share the widths.
+    Raises ValueError when the heads do not share the widths, and for a gate that could make a state grow.
     """
+
+    operator = "gla"
 
     def __init__(
         self,
@@ -52,6 +54,11 @@ class GLA(LinearMixer):
     ) -> None:
         heads = count_heads(dim, heads, head_dim, expand_v, default=4)
         super().__init__(dim, heads, expand_k, expand_v, conv, backend, conv_backend, gate)
+        check_normalizer(gate_normalizer)
+        if gate_rank < 1 or (gate_floor is not None and gate_floor > 0):
+            raise ValueError(
+                f"gate_rank={gate_rank} must be at least 1, and gate_floor={gate_floor} at most 0"
+            )
         self.gate_normalizer, self.gate_floor = gate_normalizer, gate_floor
         self.gk_proj = nn.Sequential(
             nn.Linear(dim, gate_rank, bias=False), nn.Linear(gate_rank, heads * self.key_width)

@@ -20,6 +20,7 @@ from model.core import Block, Cost, Ctx, Docs, Step, at_least_fp32, docs_of, pos
 from model.ops.attention import Places
 from model.ops.conv import causal_conv
 from model.ops.ring import RingState, ring_flops, ring_read
+from model.ops.select import known_backend
 from model.ops.ssd import ssd, ssd_flops
 from model.registry import block
 
@@ -96,7 +97,8 @@ class Mamba2(Block):
                 raise ValueError(f"{name}={value}: must be at least 1")
         self.inner, self.state_width, self.head_dim, self.groups = inner, state, head_dim, groups
         self.chunk, self.dt_limit, self.norm_eps = chunk, dt_limit, norm_eps
-        self.backend, self.conv_backend = backend, conv_backend
+        self.backend = known_backend("ssd", backend)
+        self.conv_backend = known_backend("conv", conv_backend)
         mixed = inner + 2 * groups * state
         self.in_proj = nn.Linear(dim, inner + mixed + self.heads, bias=bias)
         self.conv1d = nn.Conv1d(mixed, mixed, conv, groups=mixed, bias=conv_bias)

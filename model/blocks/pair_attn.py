@@ -54,7 +54,7 @@ class PairAttention(GroupedHeads):
 
     State: `PairState`, 1.5 times that of attention: any pair may be opened later.
     Cost: O(T^2) as attention, with T/2 more keys; what shrinks is what a query attends to.
-    Raises ValueError for sizes that do not divide, window < 1, r outside [0, 1] and M < 0.
+    Raises ValueError for sizes that do not divide, window or hidden < 1, r outside [0, 1] and M < 0.
     """
 
     no_decay = ("merge.positions",)
@@ -75,9 +75,12 @@ class PairAttention(GroupedHeads):
         super().__init__(dim, head_dim, group, heads, theta=theta)
         if window < 1:
             raise ValueError(f"window={window}: tokens, at least 1")
+        hidden = max(1, dim // 2) if hidden is None else hidden
+        if hidden < 1:
+            raise ValueError(f"hidden={hidden}: width of the merge's SwiGLU, at least 1")
         selected_count(torch.zeros(1, dtype=torch.int64), r, M)
         self.window, self.r, self.M = window, r, M
-        self.merge = PairMerge(dim, hidden or max(1, dim // 2))
+        self.merge = PairMerge(dim, hidden)
 
     def init_state(self, batch: int, like: Tensor, capacity: int | None = None) -> PairState:
         widths = self.head_dim, self.head_dim

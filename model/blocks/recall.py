@@ -71,7 +71,7 @@ class Recall(SlidingWindowAttention):
         super().__init__(
             dim,
             window=window,
-            head_dim=head_dim or math.gcd(dim, 64),
+            head_dim=math.gcd(dim, 64) if head_dim is None else head_dim,
             group=group,
             heads=heads,
             position=position,

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks._gate import gated
-from model.blocks._linear import HeadNorm, LinearMixer, count_heads
+from model.blocks._linear import HeadNorm, LinearMixer, check_normalizer, count_heads
 from model.core import Cost, Ctx, Step, at_least_fp32, count_tokens, docs_of, rotary_positions
 from model.ops.linear import gla, simple_gla_flops
-from model.ops.rope import rope, rope_tables
+from model.ops.rope import check_rope, rope, rope_tables
 from model.registry import block
 
 
@@ -39,8 +39,10 @@ class Retention(LinearMixer):
     gate: a gate per head and token before W_o; see `model.blocks._gate`.
     backend: of `model.ops.ssd`, which serves a decay a head; a named one never falls back.
 
-    Raises ValueError when the heads do not share the widths, or K is odd.
+    Raises ValueError when the heads do not share the widths, K is odd, theta or gate_normalizer not above 0.
     """
+
+    operator = "ssd"
 
     def __init__(
         self,
@@ -58,8 +60,8 @@ class Retention(LinearMixer):
     ) -> None:
         heads = count_heads(dim, heads, head_dim, expand_v, default=4)
         super().__init__(dim, heads, expand_k, expand_v, 0, backend, "auto", gate)
-        if self.key_width % 2:
-            raise ValueError(f"RoPE turns pairs of channels: {heads} heads of width {self.key_width} are odd")
+        check_rope(self.key_width, theta)
+        check_normalizer(gate_normalizer)
         self.theta, self.gate_normalizer = theta, gate_normalizer
         self.gk_proj = nn.Linear(dim, heads, bias=False)
         self.g_proj = nn.Linear(dim, heads * self.value_width, bias=False)

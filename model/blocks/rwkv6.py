@@ -17,6 +17,7 @@ from model.blocks._gate import gated, head_gate
 from model.blocks._linear import count_heads, heads_of_width, share
 from model.core import Block, Cost, Ctx, Step, at_least_fp32, docs_of
 from model.ops.linear import gla_flops, rwkv6
+from model.ops.select import known_backend
 from model.ops.shift import last_token, token_before
 from model.registry import block
 
@@ -77,7 +78,7 @@ class RWKV6(Block):
     gate: a gate per head and token before W_o; see `model.blocks._gate`.
     backend: of `model.ops.linear`; a named one never falls back.
 
-    Raises ValueError when the heads do not share the widths.
+    Raises ValueError when the heads do not share the widths, depth is outside [0, 1], or a rank below 1.
     """
 
     no_decay = ("bonus", "x_bias")
@@ -99,7 +100,12 @@ class RWKV6(Block):
     ) -> None:
         super().__init__(dim)
         heads = count_heads(dim, heads, head_dim, expand_v, default=heads_of_width(dim, 64))
-        self.heads, self.backend = heads, backend
+        self.heads, self.backend = heads, known_backend("rwkv6", backend)
+        if not 0 <= depth <= 1 or min(shift_rank, decay_rank) < 1:
+            raise ValueError(
+                f"depth={depth} lies between 0 and 1; shift_rank={shift_rank}, decay_rank={decay_rank} are at"
+                " least 1"
+            )
         self.key_width = share(dim, expand_k, heads, "expand_k")
         self.value_width = share(dim, expand_v, heads, "expand_v")
         keys, values = heads * self.key_width, heads * self.value_width

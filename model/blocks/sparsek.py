@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from model.blocks._heads import GroupedHeads
 from model.core import Cost, Ctx, Step, at_least_fp32, docs_of, positions_of
 from model.ops.attention import Places
+from model.ops.select import known_backend
 from model.ops.sparsek import Sizes, SparseKState, sparsek, sparsek_flops
 from model.registry import block
 
@@ -48,7 +49,7 @@ class SparseK(GroupedHeads):
         super().__init__(dim, head_dim, group, heads, theta=theta)
         self.sizes = Sizes(keep, slots, window)
         self.sizes.check()
-        self.backend = backend
+        self.backend = known_backend("sparsek", backend)
         self.score_proj = nn.Linear(dim, self.kv_heads, bias=False)
         self.slope = nn.Parameter(torch.zeros(self.kv_heads))
 

@@ -18,6 +18,7 @@ from model.core import Block, Cost, Ctx, Memory, State, Step
 from model.ops.attention import attend
 from model.ops.attention.cpu import attention_flops
 from model.ops.rope import rope
+from model.ops.select import known_backend
 from model.registry import block
 
 
@@ -49,13 +50,15 @@ class CrossAttention(Block):
         backend: str = "auto",
     ) -> None:
         super().__init__(dim)
-        head_dim = head_dim or math.gcd(dim, 64)
+        head_dim = math.gcd(dim, 64) if head_dim is None else head_dim
+        if head_dim < 1 or (heads is not None and heads < 1):
+            raise ValueError(f"head_dim={head_dim}, heads={heads}: must be at least 1")
         if heads is None and dim % head_dim:
             raise ValueError(f"dim={dim} is not a multiple of head_dim={head_dim}: change one, or set heads")
         if window is not None and window < 1:
             raise ValueError(f"window={window}: a query sees at least its own token")
-        self.window = window
-        self.head_dim, self.heads, self.backend = head_dim, heads or dim // head_dim, backend
+        self.window, self.backend = window, known_backend("attention", backend)
+        self.head_dim, self.heads = head_dim, heads or dim // head_dim
         self.q_proj = nn.Linear(dim, self.heads * head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * head_dim, dim, bias=False)
         self.o_proj.residual_out = True  # type: ignore[assignment]

@@ -17,14 +17,21 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+def check_rope(width: int, theta: float) -> None:
+    """Raises ValueError for an odd head width, whose channels make no pairs, and for theta <= 0."""
+    if width % 2:
+        raise ValueError(f"RoPE turns pairs of channels: the head width must be even, got {width}")
+    if theta <= 0:
+        raise ValueError(f"theta={theta}: the base of RoPE's angles must be above 0")
+
+
 def rope_tables(positions: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(cos, sin), each [B, T, 1, width/2], for positions [B, T]; angle i is position * theta^(-2i/width).
 
     fp32, or fp64 for fp64 inputs: positions beyond 256 do not survive bf16.
-    Raises ValueError for an odd width.
+    Raises ValueError for an odd width or theta <= 0.
     """
-    if width % 2:
-        raise ValueError(f"RoPE turns pairs of channels: the head width must be even, got {width}")
+    check_rope(width, theta)
     dtype = at_least_fp32(dtype)
     powers = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
     angle = positions[:, :, None, None].to(dtype) * (theta**-powers).to(dtype)

@@ -62,6 +62,17 @@ def register(op: str, *backends: Backend) -> None:
     OPERATORS[op] = backends
 
 
+def known_backend(op: str, requested: str) -> str:
+    """`requested`; a block that is built asks, so that a misspelt name does not wait for the first call.
+
+    Raises ValueError unless it is `auto` or a backend of `op`. Whether it can run here is not asked.
+    """
+    names = ["auto", *(backend.name for backend in OPERATORS[op])]
+    if requested not in names:
+        raise ValueError(f"no backend of {op} is called {requested!r}: must be one of {', '.join(names)}")
+    return requested
+
+
 def choose(op: str, requested: str, x: Tensor, **features: Any) -> Backend:
     """The backend of `op` for the input `x`: the named one, or the first that can serve (`auto`).
 

@@ -72,9 +72,8 @@ def keep_tokens(keep: Tensor, counts: Counts | None, ctx: Ctx | None) -> Kept:
     segments = torch.where(valid, outer.segments.gather(1, index), -1)
     inner = Docs.from_segments(segments, place.gather(1, index) * valid)
     if counts is not None:
-        # A document that has kept nothing yet has no state inside, whatever lies there; a row that keeps
-        # nothing now is padding alone, and its state goes on.
-        carried = torch.where((counts.kept > 0) & (total > 0), outer.first_segment(), -2)
+        # A document that has kept nothing yet has no state inside, whatever lies there.
+        carried = torch.where(counts.kept > 0, outer.first_segment(), -2)
         inner = replace(inner, carried=carried)
     ctx = ctx or Ctx()
     places = positions_of(docs, seen, B, T, device).expand(B, T) if ctx.places is None else ctx.places

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import torch
 from hypothesis import Phase, given, settings
@@ -127,6 +128,27 @@ def padding_without_state(case: Case) -> None:
     for r in range(2):
         real = docs.tokens[r]
         assert_close(y[r : r + 1, real], block(x[r : r + 1, real]).y, f"row {r} of {rows}")
+
+
+@law
+def a_state_belongs_to_its_document(case: Case) -> None:
+    """Where `Docs.carried` says whose a state is, another document meets an empty one, from its only token on
+    too; a row of padding alone keeps it."""
+    block = case.build()
+    for T in (1, 4):
+        warm, x, more = (case.input(3, n, seed=s) for s, n in ((2, 7), (3, T), (4, 5)))
+        docs = replace(docs_from([[T], [T], [-T]]), carried=torch.zeros(3, dtype=torch.int64))
+        step = block(x, block(warm, block.init_state(3, x, capacity=T + 12)).state, Ctx(docs=docs))
+        follow = block(more, step.state).y
+        for r, (before, here) in enumerate(
+            [(warm[:1], x[:1]), (warm[:0, :0], x[1:2]), (warm[2:], x[2:, :0])]
+        ):
+            state = block.init_state(1, x, capacity=T + 12)
+            state = block(before, state).state if len(before) else state
+            alone = block(here, state)
+            assert_close(step.y[r : r + 1, : here.shape[1]], alone.y, f"row {r}, T={T}")
+            want = block(more[r : r + 1], alone.state).y
+            assert_close(follow[r : r + 1], want, f"what follows row {r}, T={T}")
 
 
 @law

@@ -70,6 +70,8 @@ class Decay(Block):
     def row(self, u: Tensor, a: Tensor, hs: list[Tensor], seen: list[Tensor], docs: Docs, b: int) -> Tensor:
         """Run row b; hs[b] and seen[b] become its final state."""
         rows, last = [], int(docs.first_segment()[b])
+        if self.bug == "anybody's state" and u.shape[1]:
+            last = int(docs.segments[b, 0])
         for t in range(u.shape[1]):
             doc = int(docs.segments[b, t])
             if doc < 0 and self.bug != "reads padding":
@@ -206,6 +208,7 @@ BREAKS: dict[str, tuple[type[Block], str]] = {
     "packed_equals_separate": (Decay, "document leak"),
     "padding_is_never_read": (Decay, "reads padding"),
     "padding_without_state": (Decay, "nan at padding"),
+    "a_state_belongs_to_its_document": (Decay, "anybody's state"),
     "no_look_ahead": (Decay, "future"),
     "documents_are_isolated": (Decay, "document leak"),
     "short_inputs": (Decay, "empty resets"),

@@ -201,7 +201,19 @@ def test_cost_is_the_flop_counter_beyond_linears(name, T, more):
     [
         ("attention", {"head_dim": 48}, "dim=64 is not a multiple of head_dim=48"),
         ("attention", {"head_dim": 16, "group": 3}, "group=3 must divide the 4 query heads"),
-        ("attention", {"head_dim": 1}, "even for RoPE"),
+        ("attention", {"head_dim": 1}, "must be even, got 1"),
+        ("attention", {"head_dim": 0}, "head_dim=0, heads=None: must be at least 1"),
+        ("attention", {"head_dim": -16}, "head_dim=-16"),
+        ("attention", {"heads": 0}, "heads=0: must be at least 1"),
+        ("attention", {"theta": 0.0}, "theta=0.0: .* above 0"),
+        ("attention", {"backend": "flash"}, "no backend of attention is called 'flash': .*flash_attn"),
+        ("xattn", {"heads": 0}, "heads=0: must be at least 1"),
+        ("pair_attn", {"hidden": 0}, "hidden=0"),
+        ("mamba2", {"backend": "triton"}, "no backend of ssd is called 'triton'"),
+        *(
+            (name, {"backend": "gpu"}, f"no backend of {op} is called 'gpu'")
+            for name, op in (("compressed_attn", "nsa"), ("sparsek", "sparsek"), ("xattn", "attention"))
+        ),
         ("attention", {"position": "absolute"}, "must be"),
         ("attention", {"head_dim": 16, "conv": -1}, "conv=-1"),
         ("swa", {"window": 0}, "window=0"),

@@ -197,7 +197,20 @@ def test_gate_floor_promises_the_fast_form() -> None:
         ("gla", {"head_dim": 12}, "head_dim=12 must divide the value width 32"),
         ("deltanet", {"conv": -1}, "conv=-1: must be a width, or 0"),
         ("retention", {"heads": 32}, "RoPE turns pairs of channels"),
+        ("retention", {"theta": 0.0}, "theta=0.0: .* above 0"),
+        ("retention", {"gate_normalizer": -1.0}, "gate_normalizer=-1.0: must be above 0"),
+        ("gla", {"gate_normalizer": 0.0}, "gate_normalizer=0.0: must be above 0"),
+        ("gla", {"gate_floor": 0.5}, "gate_floor=0.5 at most 0"),
+        ("gla", {"gate_rank": 0}, "gate_rank=0 must be at least 1"),
+        (
+            "gla",
+            {"conv_backend": "shift"},
+            "no backend of conv is called 'shift': must be one of auto, .*shifts",
+        ),
+        ("kda", {"backend": "chunk"}, "no backend of gated_delta_rule is called 'chunk'"),
         ("rwkv6", {"heads": 5}, "5 heads do not share"),
+        ("rwkv6", {"depth": 2.0}, "depth=2.0 lies between 0 and 1"),
+        ("rwkv6", {"shift_rank": 0}, "shift_rank=0"),
     ],
 )
 def test_wrong_parameters_say_what_is_wrong(name: str, params: dict, message: str) -> None:

@@ -312,6 +312,21 @@ def test_a_model_streams_packs_and_generates(name):
     assert all(p.grad is not None for n, p in lm.named_parameters() if "bank" in n)
 
 
+@pytest.mark.parametrize("name", STACKS)
+def test_rows_of_unequal_length_go_on_token_by_token(name):
+    """In a step that makes a group in one row alone, the other rows keep their states."""
+    lm, x, mask = build(STACKS[name]), ids(2, 18), torch.ones(2, 7)
+    mask[1, 0] = 0
+    out = lm(x[:, :7], docs=Docs.from_mask(mask), state=lm.init_state(2, dtype=torch.float64))
+    got = [out.logits]
+    for t in range(7, 18):
+        out = lm(x[:, t : t + 1], state=out.state)
+        got.append(out.logits)
+    for row, start in ((0, 0), (1, 1)):
+        want = lm(x[row : row + 1, start:]).logits[0]
+        torch.testing.assert_close(torch.cat(got, 1)[row, start:], want, rtol=1e-6, atol=1e-6)
+
+
 def test_flops_and_description_count_fewer_positions():
     from model import config
     from model.describe import describe

@@ -17,7 +17,7 @@ from model.ops.attention import Places, attend
 from model.ops.attention.cache import empty_cache, extend
 from model.ops.attention.cpu import attend_cpu, attention_flops, block_size
 from model.ops.attention.flash import attend_flash
-from model.ops.attention.flex import attend_flex
+from model.ops.attention.flex import _torch_flex, attend_flex
 from model.ops.attention.reference import attend_reference
 from model.ops.select import BackendError
 
@@ -287,6 +287,14 @@ def test_flex_masks_are_the_law(window, alibi):
     got = attend_flex(q, k, v, docs=docs, window=window, slopes=slopes)
     want = attend_reference(q, k, v, docs=docs, window=window, slopes=slopes)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_flex_compiles_its_masks_too(monkeypatch):
+    """Uncompiled, making one takes [B, T, S] numbers."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f.__name__) or f)
+    _torch_flex.__wrapped__(True)
+    assert compiled == ["create_block_mask", "flex_attention"]
 
 
 @CASES

@@ -29,6 +29,7 @@ def test_the_form_follows_the_decays() -> None:
     assert not is_narrow(g)
     assert is_narrow(g, floor=-0.9), "a promise is taken without a look"
     assert not is_narrow(g, floor=-1.0)
+    assert is_narrow(0.1 * g, floor=-2.0), "a low floor promises nothing, and the values are looked at"
     assert is_narrow(g[:, :10], floor=-5.0), "a short call sums less"
     g = torch.full((1, 130, 1, 2), -0.1)
     g[0, 129] = -70.0  # in the ragged last chunk

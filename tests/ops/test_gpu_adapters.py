@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from model.core import Docs
-from model.ops.attention.flash import attend_flash
+from model.ops.attention.flash import attend_flash, supports_flash
 from model.ops.conv.causal_conv1d import conv_cuda
 from model.ops.linear import fla
 from model.ops.select import BackendError, choose
@@ -170,6 +170,12 @@ def test_fla_is_called_as_it_is_written(layout: str, stateful: bool, called: lis
         assert called == ["fused_recurrent_gla", "fused_recurrent_rwkv6"] + [
             name.replace("chunk", "fused_recurrent") for name in rules
         ]
+        called.clear()  # the gated recurrent kernels have no gradient
+        fla.delta_fla(q, k, v, g[..., 0].requires_grad_(), beta=beta, **kw)
+        fla.delta_fla(q.requires_grad_(), k, v, g, beta=beta, **kw)
+        with torch.no_grad():
+            fla.delta_fla(q, k, v, g, beta=beta, **kw)
+        assert called == [*rules[1:], "fused_recurrent_kda"]
 
 
 @pytest.mark.parametrize(
@@ -236,6 +242,27 @@ def test_recorded_signatures_are_those_of_an_installed_package(package: str) -> 
     found = peers.found_in(Path(spec.origin).parents[1])
     mine = {n: s for n, s in peers.RECORDED.items() if n.split(".")[0].split(":")[0] == package}
     assert {n: found.get(n) for n in mine} == mine
+
+
+class OnCuda:
+    """As much of a CUDA tensor as a refusal looks at."""
+
+    is_cuda = True
+
+    def __init__(self, x: Tensor) -> None:
+        self.shape, self.dtype = x.shape, x.dtype
+        self.numel, self.element_size = x.numel, x.element_size
+
+
+def test_kernels_say_what_they_cannot_do() -> None:
+    x: Any = OnCuda(torch.zeros(B, T, H, V).bfloat16())
+    for refused in (fla.delta_refusal, fla.gated_delta_refusal):
+        assert refused(x, docs=None, width=256) is None
+        assert "up to 256 channels, got 320" in (refused(x, docs=None, width=320) or "")
+    assert supports_flash(x, v=x) is None
+    for shape in ((B, 0, H, V), (0, T, H, V)):
+        empty: Any = OnCuda(torch.zeros(shape).bfloat16())
+        assert "nothing to launch" in (supports_flash(empty, v=empty, docs=DOCS["packed"]) or "")
 
 
 def test_auto_never_takes_a_gpu_backend_for_cpu_tensors() -> None:

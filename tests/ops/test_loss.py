@@ -145,6 +145,18 @@ def test_large_logits_stay_finite():
     assert bool(loss.isfinite()) and bool(h.grad.isfinite().all()) and bool(weight.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("how", ["ignored", "weight 0"])
+def test_a_token_without_a_loss_may_overflow_the_form(how):
+    h, weight, _, targets = case(6, 8, 11, torch.float32)
+    with torch.no_grad():
+        h[2] *= 400  # e^((alpha - 1) ce) is inf
+    targets[2] = -100 if how == "ignored" else int((h[2] @ weight.T).argmin())
+    weights = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    total, _ = linear_token_loss(h, weight, targets, weights, form=TokenLoss("alpha", alpha=2.0))
+    for grad in torch.autograd.grad(total, [h, weight]):
+        assert torch.isfinite(grad).all()
+
+
 def test_everything_ignored():
     h, weight, _, targets = case(5, 3, 4)
     loss = linear_cross_entropy(h, weight, torch.full_like(targets, -100))

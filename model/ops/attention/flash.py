@@ -20,6 +20,8 @@ def supports_flash(
 ) -> str | None:
     if not q.is_cuda:
         return f"needs CUDA tensors, got {q.device.type}"
+    if q.numel() == 0:
+        return "an empty input has nothing to launch"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"needs fp16 or bf16, got {q.dtype}"
     if q.shape[-1] > 256 or q.shape[-1] != v.shape[-1]:

@@ -58,8 +58,7 @@ def attend_flex(
     **_: Any,
 ) -> Tensor:
     """See `attend`."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
+    create_block_mask, kernel = _torch_flex(q.is_cuda)
     at, key_at = resolve(q, k, docs, at, key_at)
     (position, segment), (key_position, key_segment) = at, key_at
 
@@ -73,7 +72,7 @@ def attend_flex(
         return score - slopes[h] * (position[b, i] - key_position[b, j])
 
     mask = create_block_mask(seen, q.shape[0], None, q.shape[1], k.shape[1], device=q.device.type)
-    y = _kernel(q.is_cuda)(
+    y = kernel(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
@@ -86,7 +85,11 @@ def attend_flex(
 
 
 @functools.cache
-def _kernel(compiled: bool) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
+def _torch_flex(compiled: bool) -> tuple[Any, Any]:
+    """(create_block_mask, flex_attention). Both are compiled: the first, as it is, makes [B, T, S] numbers
+    of 8 bytes on its way to the blocks."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    if not compiled:
+        return create_block_mask, flex_attention
+    return torch.compile(create_block_mask, dynamic=True), torch.compile(flex_attention, dynamic=True)

@@ -48,7 +48,7 @@ register(
 )
 register(
     "gated_delta_rule",
-    Backend("fla", fla.delta_fla, supports=fla.refusal, available=_HAS_FLA),
+    Backend("fla", fla.delta_fla, supports=fla.gated_delta_refusal, available=_HAS_FLA),
     Backend("chunked", delta_chunked),
     Backend("reference", recurrence),
 )
@@ -73,7 +73,8 @@ def gla(
     g:     [B, T, H, K], at most 0; or [B, T, H], one decay a head: then it is gated retention, and the
            state-space dual's operator serves it.
     scale: K^-1/2 by default.
-    floor: a bound that the caller guarantees, g >= floor; the fast form is then chosen without a look.
+    floor: a bound that the caller guarantees, g >= floor; from -60 / 64 on the fast form is chosen without a
+           look.
     want_state: False saves making the final state, where it costs something, and gives None.
     """
     scale = _check("gla", q, k, v, scale, state, g=g)
@@ -135,7 +136,8 @@ def delta_rule(
     scale = _check("delta_rule", q, k, v, scale, state, g=g)
     if beta.shape != q.shape[:3]:
         raise ValueError(f"delta_rule: beta must be {tuple(q.shape[:3])}, got {tuple(beta.shape)}")
-    chosen = choose("delta_rule" if g is None else "gated_delta_rule", backend, v, docs=docs)
+    op = "delta_rule" if g is None else "gated_delta_rule"
+    chosen = choose(op, backend, v, docs=docs, width=q.shape[-1])
     return chosen.fn(q, k, v, g, beta=beta, scale=scale, state=state, docs=docs)
 
 

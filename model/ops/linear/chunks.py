@@ -72,6 +72,10 @@ class Chunks:
             (before == after)[:, :, None, None, None],
         )
 
+    def owned(self, state: Tensor) -> Tensor:
+        """The state [B, ...] that comes in, 0 where the row's first token is of another document."""
+        return state if self.head is None else torch.where(self.head[0, :, :, :1], state, 0)
+
     def split(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, T, H, D] -> [C, B, H, Q, D] of that dtype."""
         if self.C * self.Q > self.T:

@@ -29,11 +29,12 @@ EXACT_CHUNK, EXACT_FLOOR = 32, -40.0
 def is_narrow(g: Tensor, floor: float | None = None) -> bool:
     """Whether no log decay of g [B, T, H, K] can sum below the limit over a chunk of 64.
 
-    floor: a bound on g that the caller guarantees; it decides without looking. Otherwise the values are
-    looked at, on the CPU; elsewhere that would wait for the device, and under a compiler break the graph.
+    floor: a bound on g that the caller guarantees; one that is high enough decides without looking. Otherwise
+    the values are looked at, on the CPU; elsewhere that would wait for the device, and under a compiler break
+    the graph.
     """
-    if floor is not None:
-        return floor * min(NARROW_CHUNK, g.shape[1]) >= NARROW_LIMIT
+    if floor is not None and floor * min(NARROW_CHUNK, g.shape[1]) >= NARROW_LIMIT:
+        return True
     if g.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     whole = g.shape[1] - g.shape[1] % NARROW_CHUNK

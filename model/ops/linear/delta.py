@@ -62,7 +62,7 @@ def delta_chunked(
             (g,) = zero_padding(docs, g)
             gc = layout.split(g if g.dim() == 4 else g[..., None], acc)
         if T == 1:
-            o, last = _one_step(qc, kc, vc, gc, bc, state.to(acc))
+            o, last = _one_step(qc, kc, vc, gc, bc, layout.owned(state.to(acc)))
         else:
             o, last = _ChunkedDelta.apply(qc, kc, vc, gc, bc, state, layout)[:2]
         return layout.join(o).to(v.dtype), last

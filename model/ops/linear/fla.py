@@ -19,17 +19,26 @@ from model.ops.documents import Documents
 from model.ops.runs import call_with_runs
 from model.ops.select import Reason, needs_cuda
 
+MOST_KEYS = 256  # channels of a key in the delta rules' chunk kernels
+
 
 def refusal(x: Tensor, **features: Any) -> Reason:
     """Why the kernels cannot serve, or None."""
     return "an empty input has nothing to launch" if x.numel() == 0 else needs_cuda(x, **features)
 
 
+def gated_delta_refusal(x: Tensor, *, width: int = 1, **features: Any) -> Reason:
+    """As `refusal`, for keys of `width` channels: the kernels hold a state's whole columns."""
+    if width > MOST_KEYS:
+        return f"its kernels take keys of up to {MOST_KEYS} channels, got {width}"
+    return refusal(x, **features)
+
+
 def delta_refusal(x: Tensor, **features: Any) -> Reason:
-    """As `refusal`; the kernel of the ungated delta rule has no fp32."""
+    """As `gated_delta_refusal`; the kernel of the ungated delta rule has no fp32."""
     if x.dtype == torch.float32:
         return "its kernel needs fp16 or bf16, got torch.float32"
-    return refusal(x, **features)
+    return gated_delta_refusal(x, **features)
 
 
 def _kernel(module: str, name: str) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -84,9 +93,13 @@ def delta_fla(
 ) -> tuple[Tensor, Tensor]:
     """As `delta_rule`, with the kernel of the plain, the gated or the per-channel gated rule."""
     one = q.shape[1] == 1
-    prefix = "fused_recurrent" if one else "chunk"
     if g is None:
-        return _run(_kernel("delta_rule", f"{prefix}_delta_rule"), (q, k, v, beta), scale, state, docs)
+        name = "fused_recurrent_delta_rule" if one else "chunk_delta_rule"
+        return _run(_kernel("delta_rule", name), (q, k, v, beta), scale, state, docs)
+    # The gated recurrent kernels have no gradient: one raises, the other returns what knows of none.
+    given = (q, k, v, g, beta, *(() if state is None else (state,)))
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    prefix = "fused_recurrent" if one and not trained else "chunk"
     name = "kda" if g.dim() == 4 else "gated_delta_rule"
     kernel = _kernel(name, f"{prefix}_{name}")
     call = lambda q, k, v, g, beta, **kw: kernel(q, k, v, g=g, beta=beta, **kw)  # noqa: E731

@@ -55,7 +55,7 @@ def gla_chunked(
         qc, kc, vc = (layout.split(x, operand(v.dtype)) for x in (q * scale, k, v))
         gc = layout.split(g, acc)
         if T == 1:
-            return _one_step(qc, kc, vc, gc, state.to(acc), exclusive, layout, v.dtype)
+            return _one_step(qc, kc, vc, gc, layout.owned(state.to(acc)), exclusive, layout, v.dtype)
         o, last, _ = _ChunkedGLA.apply(qc, kc, vc, gc, state, layout, not narrow, exclusive)
         return layout.join(o).to(v.dtype), last
 

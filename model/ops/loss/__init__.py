@@ -143,6 +143,8 @@ def _chunk_losses(logits: Tensor, targets: Tensor, scale: Tensor, form: TokenLos
     lse = logits.logsumexp(-1)
     ce = lse - logits.gather(1, targets[:, None])[:, 0]
     loss, factor = form.of(ce, logits, lse)
+    if factor is not None:  # of a token without a loss it may have overflown, and inf * 0 is nan
+        factor = torch.where(scale != 0, factor, 0.0)
     if form.z:
         loss = loss + form.z * lse.square()
     weighted = torch.where(scale != 0, loss * scale, 0.0)
