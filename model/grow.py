@@ -100,8 +100,11 @@ def load_into(lm: LanguageModel, source: Config, tensors: Mapping[str, Tensor]) 
 
 def _check_around(target: Config, source: Config) -> None:
     """What no weight says, but every logit depends on: around the stack it has to be the same."""
-    said = [("dim", target.dim, source.dim), ("norm_eps", target.norm_eps, source.norm_eps)]
-    said += [("optim.mup", target.optim.mup, source.optim.mup)]
+    said: list[tuple[str, object, object]] = [
+        ("dim", target.dim, source.dim),
+        ("norm_eps", target.norm_eps, source.norm_eps),
+        ("optim.mup", target.optim.mup, source.optim.mup),
+    ]
     for key in ("project", "tied", "scale", "vq"):
         said.append((f"embed.{key}", getattr(target.embed, key), getattr(source.embed, key)))
     if None in (target.embed.from_, source.embed.from_):  # only pretrained rows are scaled
