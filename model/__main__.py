@@ -37,7 +37,7 @@ An ARCH is a YAML file, or the name of one in the working folder or in model/arc
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 for a configuration or command line that is wrong."""
+    """The exit code: 0, or 2 for a configuration, a command line or a disk that is to be mended."""
     args = parser().parse_args(argv)
     try:
         args.run(args)
@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a folder that cannot be made, a full disk
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 
@@ -167,12 +170,15 @@ def _generate(args: argparse.Namespace) -> None:
     folder = Path(args.source)
     lm = load(folder)
     text = None if args.prompt is None else Text(tokenizer_of(folder))
-    ids = args.ids if text is None else text.encode(args.prompt)
+    try:
+        ids = args.ids if text is None else text.encode(args.prompt)
+    except UnicodeEncodeError as error:
+        raise ConfigError([f"--prompt: want UTF-8, got {args.prompt!r}"]) from error
     if not ids or not all(0 <= i < lm.vocab for i in ids):
         raise ConfigError([f"the prompt must be at least one id below {lm.vocab}, got {ids[:8]}"])
     if text is not None:
         print(args.prompt, end="", flush=True)
-    printer = Printer(text) if text is not None else None
+    printer = Printer(text, ids) if text is not None else None
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     tally = Tally()
     options |= {"speculate": args.speculate or 0, "tally": tally}
@@ -182,7 +188,7 @@ def _generate(args: argparse.Namespace) -> None:
             print(printer.add(token) if printer is not None else f"{token} ", end="", flush=True)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
-    print()
+    print("" if printer is None else printer.rest())
     if args.speculate:
         print(tally, file=sys.stderr)
 

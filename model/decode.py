@@ -52,7 +52,12 @@ class Decoder:
         return self.lm.init_state(batch, self.capacity if capacity is None else capacity, **options)
 
     def generate(self, tokens: Tensor, max_new_tokens: int = 50, **options: Any) -> Tensor:
-        """Prompt [B, T] + new tokens [B, T + n]; options as in `model.generate.generate`."""
+        """Prompt [B, T] + new tokens [B, T + n]; options as in `model.generate.generate`.
+        Raises ValueError for `speculate`, whose passes are over several tokens."""
+        if options.get("speculate"):
+            raise ValueError(
+                "speculate: a Decoder compiles the step of one token; use its model's `generate`"
+            )
         return generate(self, tokens, max_new_tokens, **options)
 
     @property
@@ -69,9 +74,10 @@ class Decoder:
 
 
 def to_int8(lm: LanguageModel) -> LanguageModel:
-    """Round the weights of every Linear and of the unembedding to 8 bits with a scale a row, in place.
+    """Round the weights of the Linears and of the unembedding to 8 bits with a scale a row, in place.
 
-    Inputs and sums stay as they are (torchao's weight-only form). The token table, which is read a row at a
+    Inputs and sums stay as they are (torchao's weight-only form), and so does a Linear that its block marks
+    `as_matrix`, because it reads the weight itself. The token table, which is read a row at a
     time, stays too; where logits are tied to it, they get a rounded copy. The model can then no longer be
     trained or saved.
     Raises ImportError with the command that installs torchao.
@@ -80,11 +86,14 @@ def to_int8(lm: LanguageModel) -> LanguageModel:
         raise ImportError("int8 weights need torchao: pip install 'latent-lab[int8]'")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize_(lm, Int8WeightOnlyConfig())
+    quantize_(
+        lm, Int8WeightOnlyConfig(), lambda m, _: isinstance(m, nn.Linear) and not hasattr(m, "as_matrix")
+    )
     with torch.no_grad():
-        table = lm.embed.output_table(lm.embed.table())
+        table = lm.embed.output_table(lm.embed.table()) * lm.logit_scale
         head = nn.Linear(table.shape[1], table.shape[0], bias=False)
         head.weight = nn.Parameter(table.detach().clone(), requires_grad=False)
         quantize_(nn.ModuleList([head]), Int8WeightOnlyConfig())
     lm.embed.unembed = nn.Parameter(head.weight, requires_grad=False)
+    lm.logit_scale = 1.0  # it is in the copy
     return lm.requires_grad_(False).eval()

@@ -21,11 +21,11 @@ from model import config as configs
 from model.build import DEFAULT_VOCAB, build
 from model.flops import SiteCost, site_costs
 from model.heads import Head
-from model.hub import table_shape
+from model.hub import SourceError, table_shape
 from model.items import Cross, Fade, Item, Visit
 from model.lm import LanguageModel
 from model.quant.base import Quantizer
-from model.schema import Config
+from model.schema import Config, ConfigError
 
 H = TypeVar("H", bound=Hashable)
 
@@ -117,7 +117,10 @@ def describe(config: Config, *, vocab: int | None = None, context: int = 1024) -
         raise ValueError(f"context: want at least 1, got {context}")
     table, notes = None, []
     if config.embed.from_ is not None:
-        shape = table_shape(config.embed.from_)
+        try:
+            shape = table_shape(config.embed.from_)
+        except SourceError as error:
+            raise ConfigError([f"{config.name}: embed.from: {error}"]) from error
         if shape is None:
             shape = (DEFAULT_VOCAB, config.dim)
             notes.append(f"embed.from: {config.embed.from_} is not here; its rows count as {config.dim} wide")

@@ -42,7 +42,7 @@ class Embed(nn.Module):
         std: float | None = None,
     ) -> None:
         super().__init__()
-        config, std = config or EmbedConfig(), std or dim**-0.5
+        config, std = config or EmbedConfig(), dim**-0.5 if std is None else std
         if rows is not None and rows.shape[0] != vocab:
             raise ValueError(f"the pretrained table has {rows.shape[0]} rows for a vocabulary of {vocab}")
         width = dim if rows is None else rows.shape[1]

@@ -56,7 +56,9 @@ class _Counter:
 
     def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
-        self.table_trained = self.live = any(p.requires_grad for p in lm.embed.parameters())
+        embed = lm.embed
+        self.live = any(p is not None and p.requires_grad for p in (embed.weight, embed.project))
+        self.table_trained = self.live if embed.unembed is None else embed.unembed.requires_grad
         self.out: list[SiteCost] = []
 
     def add(

@@ -5,6 +5,7 @@ Shape legend: B batch  T time  V vocabulary  n new tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,8 +30,8 @@ def pick(
     tokens whose probability reaches p (nucleus sampling, arXiv 1904.09751). Both may be given.
     Raises ValueError for values out of range.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must be >= 0, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be >= 0 and finite, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be >= 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -98,13 +99,13 @@ def stream(
 def _prompt_docs(tokens: Tensor, mask: Tensor | None) -> Docs | None:
     if tokens.dim() != 2 or tokens.shape[1] < 1:
         raise ValueError(f"the prompt must be [B, T] with at least one token, got {list(tokens.shape)}")
-    if mask is None or bool(mask.all()):
+    if mask is None:
         return None
     if mask.shape != tokens.shape or not bool(mask.any(1).all()):
         raise ValueError(
             f"mask must be [B, T] = {list(tokens.shape)} with a token in every row, got {list(mask.shape)}"
         )
-    return Docs.from_mask(mask)
+    return None if bool(mask.all()) else Docs.from_mask(mask)
 
 
 def _steps(lm: Any, tokens: Tensor, docs: Docs | None, draw: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:

@@ -111,7 +111,7 @@ class Blend:
 
     While it is below 1, the shell is also trained to give back the code that it was given, weighted
     from `code` (start) to a tenth of it (end), since at 0 the task's loss gives it no gradient.
-    steps: 0 means that the shell is simply there, at full strength.
+    steps: 0 means that the shell is simply there, at full strength, as every shell but the innermost is.
     """
 
     steps: int = 0

@@ -2,20 +2,21 @@
 
 Names do the work: a bank's names do not depend on what is further in or further on, so a smaller
 model's weights have the same names in the larger one. What is checked is that the smaller model really
-is a part of the larger: shells by name, body, code and quantizer; plain layers by their sequence.
+is a part of the larger: shells by name, body, code and quantizer; plain layers by the sequence of their
+visits; heads that both have, and what decides how the token table is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.bank import residual_outputs
-from model.items import Bracket, Cross, Fade, Visit
+from model.items import Fade, Item, Visit
 from model.lm import LanguageModel
 from model.plan import make_plan
 from model.quant.adapter import Adapter
@@ -59,6 +60,7 @@ def load_into(lm: LanguageModel, source: Config, tensors: Mapping[str, Tensor]) 
     file) when the smaller is no part of the larger, or a tensor has another shape.
     """
     target = lm.config
+    _check_around(target, source)
     names = _mapping(target, source)
     own = dict(lm.state_dict())
     errors: list[str] = []
@@ -96,10 +98,33 @@ def load_into(lm: LanguageModel, source: Config, tensors: Mapping[str, Tensor]) 
 # ----------------------------------------------------------------------------- who becomes whom
 
 
+def _check_around(target: Config, source: Config) -> None:
+    """What no weight says, but every logit depends on: around the stack it has to be the same."""
+    said: list[tuple[str, object, object]] = [
+        ("dim", target.dim, source.dim),
+        ("norm_eps", target.norm_eps, source.norm_eps),
+        ("optim.mup", target.optim.mup, source.optim.mup),
+    ]
+    for key in ("project", "tied", "scale", "vq"):
+        said.append((f"embed.{key}", getattr(target.embed, key), getattr(source.embed, key)))
+    if None in (target.embed.from_, source.embed.from_):  # only pretrained rows are scaled
+        said.append(("embed.from", target.embed.from_, source.embed.from_))
+    for name in (n for n in target.heads if n in source.heads):
+        mine, theirs = target.heads[name], source.heads[name]
+        keys = [f.name for f in fields(mine) if f.name != "weight"]
+        said += [(f"heads.{name}.{key}", getattr(mine, key), getattr(theirs, key)) for key in keys]
+    errors = [
+        f"{target.name}: {key}: {_short(mine)}, but {source.name} has {_short(theirs)};"
+        " a grown model reads its old weights as they were trained"
+        for key, mine, theirs in said
+        if mine != theirs
+    ]
+    if errors:
+        raise ConfigError(errors)
+
+
 def _mapping(target: Config, source: Config) -> dict[str, str]:
     """Bank module of the target -> bank module of the source that it starts from."""
-    if target.dim != source.dim:
-        raise ConfigError([f"{target.name}: dim: {target.dim}, but {source.name} has dim: {source.dim}"])
     new, old = _onion(target), _onion(source)
     if (new is None) != (old is None):
         raise ConfigError(
@@ -107,6 +132,7 @@ def _mapping(target: Config, source: Config) -> dict[str, str]:
         )
     if new is not None and old is not None:
         _check_shells(new, old, source.name)
+        _check_outside(target, source)
         return {}
     return _layers(target, source)
 
@@ -134,38 +160,79 @@ def _check_shells(new: OnionNode, old: OnionNode, source: str) -> None:
         raise ConfigError(errors)
 
 
+def _check_outside(target: Config, source: Config) -> None:
+    """Beside the onion: the same before it, the same after it, where more may follow."""
+    new, old = (next(i for i, n in enumerate(c.stack) if isinstance(n, OnionNode)) for c in (target, source))
+    after = source.stack[old + 1 :]
+    if target.stack[:new] != source.stack[:old] or target.stack[new + 1 :][: len(after)] != after:
+        raise ConfigError(
+            [
+                f"{target.name}: what stands around the onion is not what {source.name} has there;"
+                " only after the last of its layers may new ones follow"
+            ]
+        )
+
+
 def _layers(target: Config, source: Config) -> dict[str, str]:
     """A deeper plain stack: its first layers are the old ones; the rest are copies, or new.
 
     `how: zero` appends layers whose output projections are zero, so that no logit changes.
     `how: copy` repeats the old layers in order (stacking, arXiv 2405.15319).
     """
-    new, old = _bank_layers(target), _bank_layers(source)
-    want = [spec for _, spec in old]
-    have = [spec for _, spec in new]
-    whole = len(old) > 0 and len(new) >= len(old)
-    period_fits = all(have[i] == want[i % len(want)] for i in range(len(have))) if whole else False
-    if not whole or have[: len(want)] != want or (target.grow.how == "copy" and not period_fits):
+    new, old = _visits(target), _visits(source)
+    n = len(old)
+    copied = target.grow.how == "copy"
+    fits = 0 < n <= len(new) and all(
+        v.alike == old[i % n].alike for i, v in enumerate(new if copied else new[:n])
+    )
+    if not fits:
         raise ConfigError(
             [
                 f"{target.name}: the layers of {source.name} are no prefix of its stack"
-                f" ({len(old)} layers there: {_kinds(old)}; {len(new)} here: {_kinds(new)})"
+                f" ({n} layers there: {_kinds(old)}; {len(new)} here: {_kinds(new)})"
             ]
         )
-    if target.grow.how == "copy":
-        return {name: old[i % len(old)][0] for i, (name, _) in enumerate(new)}
+    if copied:
+        return {v.module: old[i % n].module for i, v in enumerate(new)}
+    again = [v.module for i, v in enumerate(new[n:], n) if i - v.alike[0] < n]
+    if again:
+        raise ConfigError(
+            [
+                f"{target.name}: visits {again[0]} of {source.name} once more, which changes every logit;"
+                " want new layers"
+            ]
+        )
     return {}
 
 
-def _bank_layers(config: Config) -> list[tuple[str, tuple]]:
-    """Bank blocks in order of first visit: (name, what must agree)."""
+class _Layer(NamedTuple):
+    """A visit of a bank module.
+
+    alike: what must agree: how many visits ago the module came first (0: now), how many brackets stand
+           around it, and how it is made.
+    """
+
+    module: str
+    alike: tuple[int, int, str, int, str]
+
+
+def _visits(config: Config) -> list[_Layer]:
+    """All visits of a plain stack, in order."""
     plan = make_plan(config)
-    seen: dict[str, tuple] = {}
-    for item in plan.walk():
-        if isinstance(item, Visit | Cross) and item.module not in seen:
-            spec = plan.modules[item.module]
-            seen[item.module] = (spec.name, spec.dim, repr(sorted(spec.params.items())))
-    return list(seen.items())
+    out: list[_Layer] = []
+    first: dict[str, int] = {}
+
+    def add(items: tuple[Item, ...], depth: int) -> None:
+        for item in items:
+            at, spec = len(out), plan.modules[item.module]
+            back = at - first.setdefault(item.module, at)
+            params = repr(sorted(spec.params.items()))
+            out.append(_Layer(item.module, (back, depth, spec.name, spec.dim, params)))
+            if not isinstance(item, Visit):
+                add(item.inner, depth + 1)
+
+    add(plan.items, 0)
+    return out
 
 
 def _source_name(name: str, modules: Mapping[str, str]) -> str:
@@ -176,16 +243,15 @@ def _source_name(name: str, modules: Mapping[str, str]) -> str:
 
 
 def _silence_new_parts(lm: LanguageModel, fresh: list[str]) -> None:
-    """New layers of a plain stack, and new residual shells, start with zero output, so that the logits
-    stay bit-equal. (A shell that replaces its outer code is faded in instead.)"""
+    """New plain layers, and new residual shells, start with zero output, so that the logits stay bit-equal.
+    (A shell that replaces its outer code is faded in instead.)"""
     new = dict.fromkeys(n.split(".")[1] for n in fresh if n.startswith("bank."))
     for item in lm.plan.walk():
-        if isinstance(item, Fade) and item.residual and item.module in new:
-            for adapter in (i for i in item.inner if isinstance(i, Bracket)):
-                cast(Adapter, lm.bank[adapter.module]).zero_exit()
-    if _onion(lm.config) is not None or lm.config.grow.how != "zero":
+        if isinstance(item, Fade) and item.module in new:
+            _silence_shell(lm, item)
+    if _onion(lm.config) is None and lm.config.grow.how != "zero":
         return
-    for name in new:
+    for name in (n for n in new if lm.plan.modules[n].shell is None):
         outputs = residual_outputs(lm.bank[name])
         if not outputs:
             raise ConfigError(
@@ -197,11 +263,36 @@ def _silence_new_parts(lm: LanguageModel, fresh: list[str]) -> None:
                 torch.nn.init.zeros_(linear.bias)
 
 
+def _silence_shell(lm: LanguageModel, fade: Fade) -> None:
+    """A residual shell's way out gives nothing at first. One that is faded in needs nothing, if it is."""
+    (bracket,) = fade.inner
+    way_out, spec = lm.bank[bracket.module], lm.plan.modules[fade.module]
+    onion = _onion(lm.config)
+    assert onion is not None
+    shell = next(s for s in onion.onion if s.name == spec.shell)
+    if shell.blend.steps and not spec.params["steps"]:
+        raise ConfigError(
+            [
+                f"{shell.mark}: shell {shell.name!r} is new, and so is one inside it: only the innermost is"
+                " faded in; grow one shell a stage"
+            ]
+        )
+    if shell.residual and isinstance(way_out, Adapter):
+        way_out.zero_exit()
+    elif shell.residual and not shell.blend.steps:
+        raise ConfigError(
+            [
+                f"{shell.mark}: shell {shell.name!r} cannot start silent under `reading: whole`;"
+                " fade it in with `blend: {steps: N}`"
+            ]
+        )
+
+
 # ----------------------------------------------------------------------------- wording
 
 
-def _kinds(layers: list[tuple[str, tuple]]) -> str:
-    kinds = [spec[0] for _, spec in layers]
+def _kinds(layers: list[_Layer]) -> str:
+    kinds = [layer.alike[2] for layer in layers]
     return " ".join(kinds[:8]) + (" ..." if len(kinds) > 8 else "")
 
 

@@ -79,7 +79,7 @@ Item = Visit | Bracket | Fade | Cross
 @dataclass(frozen=True)
 class Plan:
     """items in order; bank modules by name, in order of first visit; whether the embedding's own linear
-    map stays frozen because the first shell, which reads it, is frozen."""
+    map stays frozen because a frozen shell is the first to read it."""
 
     items: tuple[Item, ...]
     modules: dict[str, ModuleSpec]

@@ -83,7 +83,8 @@ class LanguageModel(nn.Module):
         self.plan: Plan = make_plan(config)
         mup, eps = config.optim.mup, config.norm_eps
         # Under muP rows start alike at every width.
-        std = config.init_std or (None if mup is None else mup.base**-0.5)
+        std = None if mup is None else mup.base**-0.5
+        std = std if config.init_std is None else config.init_std
         self.embed = Embed(vocab, config.dim, config.embed, rows, std)
         self.bank = nn.ModuleDict({name: build_module(spec, eps) for name, spec in self.plan.modules.items()})
         self.heads = nn.ModuleDict({name: make_head(config.dim, c, eps) for name, c in config.heads.items()})

@@ -111,6 +111,7 @@ class RWKV6(Block):
         keys, values = heads * self.key_width, heads * self.value_width
         shift = Lerp(dim, STREAMS * shift_rank)
         self.x_proj = nn.Sequential(shift, nn.Tanh(), nn.Linear(STREAMS * shift_rank, dim, bias=False))
+        self.x_proj[2].as_matrix = True  # type: ignore[assignment]  # `forward` cuts its weight into streams
         self.x_bias = nn.Parameter(torch.zeros(STREAMS, dim))
         self.r_proj = Mixed(nn.Linear(dim, keys, bias=False))
         decay = LowRank(dim, keys, decay_rank)

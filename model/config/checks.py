@@ -6,7 +6,7 @@ so that the others are still checked. It yields (key, message); the key may be d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from model import schema, sections
@@ -101,7 +101,7 @@ def _config(v: Values) -> Found:
         yield "stack", "is empty: want at least one block"
     if v.get("heads") == {}:
         yield "heads", "is empty: nothing would be trained; want at least one, like {next: {shift: 1}}"
-    elif v.get("heads") and all(h.kind in ("chain", "mask", "var") for h in v["heads"].values()):
+    elif v.get("heads") and _only_drafts(v["heads"].values()):
         yield "heads", "need one that says the next token, like {next: {shift: 1}}; the others only draft"
     embed = v.get("embed")
     if embed is not None and "dim" in v and embed.project not in (None, v["dim"]):
@@ -114,6 +114,12 @@ def _of_kind(v: Values, cls: type, keys: dict[str, tuple[str, ...]], what: str) 
     for key, kinds in keys.items():
         if key in v and v[key] != getattr(cls, key, None) and kind not in kinds:
             yield key, f"is for the kinds {', '.join(kinds)}, and this {what} is {kind}"
+
+
+def _only_drafts(heads: Collection[schema.HeadConfig]) -> bool:
+    """Whether some of the heads draft, and none says the next token, from which they go on."""
+    says = any(h.kind == "parallel" or (h.kind == "single" and h.shift == 1) for h in heads)
+    return not says and any(h.kind in ("chain", "mask", "var") for h in heads)
 
 
 def _head(v: Values) -> Found:

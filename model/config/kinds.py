@@ -76,7 +76,9 @@ def leaves(data: Any) -> Iterator[Any]:
 def peek(node: Yaml, key: str) -> int | None:
     """An integer under a key, before the mapping is read in earnest."""
     child = node.value.get(key) if isinstance(node.value, dict) else None
-    return child.value if child and isinstance(child.value, int) and child.value > 0 else None
+    value = 0 if child is None or isinstance(child.value, bool) else child.value
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return int(value) if whole and value > 0 else None
 
 
 def default(field: Field) -> Any:

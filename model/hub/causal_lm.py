@@ -24,7 +24,7 @@ from model.run import States
 class LatentLabConfig(PreTrainedConfig):
     """config.json of an exported folder.
 
-    arch:        the architecture, as our YAML says it, every key spelled out.
+    arch:        the architecture, as our YAML says it, every key spelled out; of the rest `optim.mup` alone.
     embed_width: W, the width of the stored token rows; None: the model's.
     """
 
@@ -72,7 +72,9 @@ class LatentLabForCausalLM(PreTrainedModel, GenerationMixin):
         rows = None
         with torch.device("cpu"):  # transformers builds on `meta`, which cannot hold what is not stored
             if arch.embed.from_ is not None:
-                rows = torch.ones(config.vocab_size, config.embed_width or arch.dim)
+                # quantized rows are loaded with their codes: only their shape counts
+                device = "cpu" if arch.embed.vq is None else "meta"
+                rows = torch.ones(config.vocab_size, config.embed_width or arch.dim, device=device)
             self.lm = LanguageModel(arch, config.vocab_size, rows)
         stored = self.lm.state_dict()
         self._unstored = {n: b.clone() for n, b in self.lm.named_buffers() if n not in stored}

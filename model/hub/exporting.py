@@ -15,7 +15,7 @@ from model.hub.folders import new_folder, taken
 from model.items import Visit
 from model.lm import LanguageModel
 from model.schema import ARCH_KEYS, ConfigError
-from model.text import tokenizer_of
+from model.text import read_tokenizer, tokenizer_of
 
 MODELING = '''"""Loads this folder with transformers, where the package that wrote it is installed."""
 
@@ -42,9 +42,10 @@ def export_model(source: str | Path, out: str | Path) -> None:
     if taken(out):
         raise ConfigError([f"{out}: is not empty; give another folder"])
     lm = load(source)
-    tokenizer = tokenizer_of(source)
+    file = tokenizer_of(source)
+    tokenizer = (read_tokenizer(file) or _bytes_tokenizer()) if file.is_file() else None
     with new_folder(out) as partial:
-        eos = _write_tokenizer(tokenizer, partial) if tokenizer.is_file() else None
+        eos = None if tokenizer is None else _write_tokenizer(tokenizer, partial)
         hugging(lm, eos).save_pretrained(partial)
         (partial / "modeling_latent_lab.py").write_text(MODELING)
 
@@ -52,9 +53,12 @@ def export_model(source: str | Path, out: str | Path) -> None:
 def hugging(lm: LanguageModel, eos: int | None = None) -> LatentLabForCausalLM:
     """The same model as a transformers one, sharing its weights."""
     plain = configs.dump(lm.config)
+    arch = {key: plain[key] for key in ARCH_KEYS} | {"name": lm.config.name, "vocab": lm.vocab}
+    if lm.config.optim.mup is not None:
+        arch["optim"] = {"mup": plain["optim"]["mup"]}  # logits are scaled by it
     about: dict[str, Any] = {
-        "arch": {key: plain[key] for key in ARCH_KEYS} | {"name": lm.config.name, "vocab": lm.vocab},
-        "embed_width": lm.embed.weight.shape[1],
+        "arch": arch,
+        "embed_width": lm.embed.width,
         "vocab_size": lm.vocab,
         "hidden_size": lm.config.dim,
         "num_hidden_layers": sum(isinstance(item, Visit) for item in lm.plan.walk()),
@@ -72,10 +76,8 @@ def hugging(lm: LanguageModel, eos: int | None = None) -> LatentLabForCausalLM:
     return model.eval()
 
 
-def _write_tokenizer(path: Path, out: Path) -> int | None:
+def _write_tokenizer(tokenizer: Tokenizer, out: Path) -> int | None:
     """tokenizer.json and its tokenizer_config.json; returns the id that ends a document, if any is known."""
-    spec = json.loads(path.read_text(encoding="utf-8"))
-    tokenizer = _bytes_tokenizer() if spec.get("type") == "bytes" else Tokenizer.from_file(str(path))
     tokenizer.save(str(out / "tokenizer.json"))
     known = tokenizer.get_vocab(with_added_tokens=True)
     eos = next((name for name in EOS_NAMES if name in known), None)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import config as configs
+from model.embed import stored_rows
 from model.hub.families import ImportRefused, Outline, outline
 from model.hub.folders import new_folder, taken
 from model.hub.sources import PACKAGES, WEIGHTS, SourceError, hub_folder, weight_files
@@ -58,13 +60,17 @@ def read_model(folder: Path, name: str) -> tuple[Config, dict[str, Tensor]]:
     about = _json(folder / "config.json")
     theirs = _tensors(folder)
     if about.get("model_type") == MODEL_TYPE:
+        if not isinstance(about.get("arch"), dict):
+            raise SourceError("its config.json has no `arch`: want a folder that `export` wrote")
         config = configs.load({**about["arch"], "name": name})
-        return config, {n.removeprefix("lm."): t for n, t in theirs.items()}
+        ours = {n.removeprefix("lm."): t for n, t in theirs.items()}
+        check_fit(config, ours)
+        return config, ours
     from transformers import AutoConfig
 
     try:
         found = outline(AutoConfig.from_pretrained(folder, local_files_only=True))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ArithmeticError, AttributeError, StrictDataclassError) as error:
         if isinstance(error, ImportRefused):
             raise
         raise SourceError(f"its config.json is not understood: {error}") from error
@@ -101,9 +107,14 @@ def rename(config: Config, found: Outline, theirs: Mapping[str, Tensor]) -> dict
 
 def check_fit(config: Config, ours: Mapping[str, Tensor]) -> None:
     """Names and shapes are those of the model that the arch builds. Raises ImportRefused."""
-    assert config.vocab is not None
+    if "embed.weight" not in ours:
+        raise ImportRefused("there is no token table among the tensors")
+    vocab, rows = stored_rows(ours)
+    if vocab != config.vocab:
+        raise ImportRefused(f"the token table has {vocab} rows, and the vocabulary {config.vocab}")
     with torch.device("meta"):
-        want = {n: t.shape for n, t in LanguageModel(config, config.vocab).state_dict().items()}
+        lm = LanguageModel(config, vocab, None if config.embed.from_ is None else rows)
+    want = {n: t.shape for n, t in lm.state_dict().items()}
     have = {n: t.shape for n, t in ours.items()}
     wrong = sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n))
     if wrong:
@@ -131,11 +142,14 @@ def _folder(source: str) -> Path:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SourceError("has no config.json: want a folder that save_pretrained wrote") from None
     except (OSError, ValueError) as error:
         raise SourceError(f"its config.json cannot be read ({error})") from error
+    if not isinstance(about, dict):
+        raise SourceError("its config.json is no mapping: want a folder that save_pretrained wrote")
+    return about
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

@@ -73,18 +73,18 @@ def pretrained_rows(source: str, rows: np.ndarray | None = None) -> Tensor:
 
 
 def table_shape(source: str) -> tuple[int, int] | None:
-    """(V, W) of a source's token table, or None when it is not on this machine; nothing is downloaded."""
+    """(V, W) of a source's token table, or None when it is not on this machine; nothing is downloaded.
+
+    Raises SourceError when it is there and has no table that can be read.
+    """
     if source in PACKAGES:
         return PACKAGE_SHAPES[source]
     path = Path(source).expanduser()
-    try:
-        if path.suffix == ".gguf" and path.is_file():
-            V, W = _gguf_rows(path, None).shape
-        elif path.is_dir():
-            V, W = _folder_rows(path, None).shape
-        else:
-            return None
-    except SourceError:
+    if path.suffix == ".gguf" and path.is_file():
+        V, W = _gguf_rows(path, None).shape
+    elif path.is_dir():
+        V, W = _folder_rows(path, None).shape
+    else:
         return None
     return V, W
 
@@ -103,7 +103,11 @@ def _pick(table: Any, rows: np.ndarray | None, what: str) -> Any:
 def _gguf_rows(path: Path, rows: np.ndarray | None) -> Tensor:
     import gguf
 
-    for tensor in gguf.GGUFReader(path).tensors:
+    try:
+        tensors = gguf.GGUFReader(path).tensors
+    except (ValueError, IndexError, OSError) as error:
+        raise SourceError(f"{path} cannot be read as GGUF ({error})") from error
+    for tensor in tensors:
         if tensor.name == "token_embd.weight":
             data = _pick(tensor.data, rows, path.name)
             return torch.from_numpy(
@@ -113,13 +117,17 @@ def _gguf_rows(path: Path, rows: np.ndarray | None) -> Tensor:
 
 
 def _folder_rows(path: Path, rows: np.ndarray | None) -> Tensor:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     for file in weight_files(path):
-        with safe_open(file, framework="pt") as f:
-            for name in TABLE_NAMES:
-                if name in f.keys():  # noqa: SIM118 - not a mapping
-                    return _pick(f.get_tensor(name), rows, str(path)).float()
+        try:
+            with safe_open(file, framework="pt") as f:
+                name = next((name for name in TABLE_NAMES if name in f.keys()), None)  # noqa: SIM118
+                table = None if name is None else f.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise SourceError(f"{file} cannot be read ({error})") from error
+        if table is not None:
+            return _pick(table, rows, str(path)).float()
     raise SourceError(f"{path} has no safetensors file with one of {', '.join(TABLE_NAMES)}")
 
 
@@ -138,8 +146,14 @@ def hub_folder(source: str, patterns: Sequence[str] = WEIGHTS) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a transformers folder, in order."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    """The safetensors files of a transformers folder, in order: those that transformers would take, or else
+    all that there are. Raises SourceError for an index that is damaged."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
         return sorted({folder / f for f in json.loads(index.read_text())["weight_map"].values()})
-    return sorted(folder.glob("*.safetensors"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{index} cannot be read ({type(error).__name__}: {error})") from error

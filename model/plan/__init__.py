@@ -44,7 +44,9 @@ def make_plan(config: Config) -> Plan:
     """The plan of a configuration. Raises ConfigError with the place in the file."""
     builder = Builder(FORMS)
     items = settle(builder, builder.nodes(config.stack, config.dim), config)
+    for name in config.heads:
+        builder.usable(name, f"{config.name}: heads")
     if builder.errors:
         raise ConfigError(builder.errors)
-    first = next((n for n in config.stack if isinstance(n, OnionNode)), None)
-    return Plan(items, builder.modules, freeze_input=bool(first and first.onion[0].frozen))
+    first = config.stack[0] if config.stack else None
+    return Plan(items, builder.modules, isinstance(first, OnionNode) and first.onion[0].frozen)

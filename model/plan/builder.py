@@ -9,8 +9,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from model.items import Item, ModuleSpec, Visit
 from model.schema import MemorySpec, Node, ShellNode, YocoNode
+
+_EMPTY = nn.ModuleDict()
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,17 @@ class Builder:
         """Put a module into the bank."""
         if name in self.modules:
             self.errors.append(f"{spec.mark}: two parts of the model want the name {name!r}; rename one")
+        self.usable(name, spec.mark)
         self.modules[name] = spec
         return name
+
+    def usable(self, name: str, place: object) -> None:
+        """Report a name under which an `nn.ModuleDict` takes nothing: its weights could not be saved."""
+        if not name or "." in name or hasattr(_EMPTY, name):
+            self.errors.append(
+                f"{place}: {name!r} cannot name a part of the model: want a name without dots that torch's"
+                " ModuleDict does not use itself (as it does `keys` and `type`); rename it"
+            )
 
     def numbered(self, at: Place, name: str) -> str:
         """`b3_mlp`: a bank name that counts within its place."""

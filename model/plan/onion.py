@@ -22,8 +22,8 @@ def onion(b: Builder, node: OnionNode, dim: int, at: Place) -> tuple[Item, ...]:
                 f"{shell.mark}: merge: {size} without `residual: true`: only one position in"
                 f" {size} would ever see its own token; outer codes must bypass a shorter shell"
             )
-        if i == 0 and (size > 1 or shell.residual or shell.width not in (None, dim)):
-            b.errors.append(f"{shell.mark}: the outermost shell takes no merge, residual or width")
+        if i == 0 and (size > 1 or shell.residual or shell.blend.steps or shell.width not in (None, dim)):
+            b.errors.append(f"{shell.mark}: the outermost shell takes no merge, residual, blend or width")
         if node.reading == "whole" and (size > 1 or shell.width not in (None, dim)):
             b.errors.append(f"{shell.mark}: `reading: whole` keeps width and length; drop width and merge")
     if b.errors:

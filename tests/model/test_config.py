@@ -357,6 +357,8 @@ def test_a_block_is_asked_about_the_width_where_it_stands(toys: Path) -> None:
         "<mapping> stack[0].onion[1].body[0].gla: heads=4 does not divide 30",
         "<mapping> stack[0].onion[2].body[0].gla: heads=4 does not divide 30",
     ]
+    assert errors({"dim": 30.0, "stack": ["gla"]}) == ["<mapping> stack[0].gla: heads=4 does not divide 30"]
+    assert errors({"dim": True, "stack": ["gla"]}) == ["<mapping> dim: want int, got true"]
 
 
 def test_marks_say_where_a_node_was_written(toys: Path) -> None:

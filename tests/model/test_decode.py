@@ -58,3 +58,19 @@ def test_int8_without_torchao_says_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"latent-lab\[int8\]"):
         to_int8(build("llama"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+@pytest.mark.parametrize("arch", [{"stack": ["rwkv6"]}, {"stack": ["mlp"], "optim": {"mup": {"base": 8}}}])
+def test_int8_weights_of_what_reads_them_in_another_way(arch: dict) -> None:
+    """A Linear whose block reads the weight itself, and a table that muP scales."""
+    torch.manual_seed(0)
+    lm = model.build({"dim": 32, **arch}, vocab=V).eval()
+    x = torch.randint(V, (2, 20), generator=torch.Generator().manual_seed(1))
+    want, got = lm(x).logits, to_int8(lm)(x).logits
+    assert 0 < (got - want).norm() / want.norm() < 0.03
+
+
+def test_a_compiled_step_does_not_speculate() -> None:
+    with pytest.raises(ValueError, match="speculate"):
+        Decoder(build("llama"), 32).generate(torch.zeros(1, 3, dtype=torch.int64), 4, speculate=1)

@@ -112,12 +112,15 @@ def test_every_arch_is_described_without_its_weights(path: Path) -> None:
     assert mermaid(found).startswith("flowchart TD\n")
 
 
-def test_the_vocabulary_is_the_datasets_and_a_missing_source_is_noted() -> None:
+def test_the_vocabulary_is_the_datasets_and_a_missing_source_is_noted(tmp_path: Path) -> None:
     source = tiny("mlp", vocab=None)
     assert of(source).notes == ("vocab: 49152 is assumed; a dataset decides (--vocab N)",)
     assert of(source, vocab=100).lm.vocab == 100 and of(source, vocab=100).notes == ()
     gone = tiny("mlp", embed={"from": "no/such-model", "project": 32})
     assert of(gone).notes == ("embed.from: no/such-model is not here; its rows count as 32 wide",)
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 99)
+    with pytest.raises(model.ConfigError, match=r"embed\.from: .*cannot be read"):
+        of(tiny("mlp", embed={"from": str(tmp_path)}))
     with pytest.raises(model.ConfigError, match="vocab: 64, but the dataset's tokenizer has 100"):
         of(tiny("mlp"), vocab=100)
     with pytest.raises(ValueError, match="context: want at least 1"):

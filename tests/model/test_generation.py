@@ -8,6 +8,7 @@ from torch import Tensor
 
 import model
 from model.core import Docs
+from model.generate import pick
 
 from .small import NAMES, VOCAB, small
 
@@ -41,3 +42,15 @@ def test_steps_equal_one_pass_and_ragged_prompts_equal_lone_ones(arch):
     alone = lm(x[:1, 7:13]).logits
     torch.testing.assert_close(out.logits[:1], alone[:, -2:-1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(step, torch.stack([alone[0, -1:], want[1, 12:13]]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -1.0])
+def test_a_temperature_that_says_nothing_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature must be >= 0 and finite"):
+        pick(torch.zeros(1, 3), temperature)
+
+
+def test_a_mask_of_another_shape_is_refused_even_if_it_hides_nothing():
+    lm = model.build({"dim": 16, "vocab": 9, "stack": ["mlp"]})
+    with pytest.raises(ValueError, match="mask must be"):
+        lm.generate(torch.zeros(1, 4, dtype=torch.int64), 1, mask=torch.ones(1, 3))

@@ -301,6 +301,7 @@ def test_every_parameter_learns(kind):
     "heads, words",
     [
         ({"mtp": {"kind": "chain"}}, "need one that says the next token"),
+        ({"second": {"shift": 2}, "mtp": {"kind": "mask"}}, "need one that says the next token"),
         ({"next": {"size": 3}}, "size: is for the kinds parallel, mask, var"),
         ({"next": {}, "mtp": {"kind": "mask", "shift": 2}}, "shift: is for the kinds single"),
         ({"mtp": {"kind": "parallel", "ffn": {"act": "rwkv"}}}, "looks at the token before"),

@@ -40,6 +40,7 @@ ARCHS: dict[str, dict[str, Any]] = {
         "stack": [{"yoco": {"self": [SWA, "mlp"], "memory": {"head_dim": 16}, "cross": ["xattn", "mlp"]}}]
     },
 }
+ARCHS["mup"] = {**ARCHS["llama"], "optim": {"mup": {"base": 8}}}  # which scales the logits
 ARCHS["yoco"]["defaults"] = {"xattn": {"head_dim": 16}}
 
 
@@ -169,3 +170,44 @@ def test_exported_bytes_tokenizer_is_ours(tmp_path: Path) -> None:
     assert tokenizer.encode(text, add_special_tokens=False) == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
     assert (tokenizer.eos_token_id, len(tokenizer)) == (256, 260)
+
+
+def test_export_of_quantized_pretrained_rows(tmp_path: Path) -> None:
+    """Their width is not that of the stored tables."""
+    torch.manual_seed(0)
+    embed = {"from": "some/where", "project": D, "vq": {"groups": 4, "codes": 8}}
+    lm = model.build({"dim": D, "stack": ["mlp"], "embed": embed}, table=torch.randn(V, 48)).eval()
+    (tmp_path / "run").mkdir()
+    save_file(lm.state_dict(), tmp_path / "run" / "model.safetensors")
+    (tmp_path / "run" / "config.yaml").write_text(configs.dumps(lm.config))
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+        assert torch.equal(theirs(ids(1, 9)).logits, lm(ids(1, 9)).logits)
+
+
+def test_a_damaged_export_is_not_imported(tmp_path: Path, capsys: Any) -> None:
+    run_of("llama", tmp_path / "run")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    weights.pop("lm.bank.b0_attention.norm.weight")
+    save_file(weights, tmp_path / "hf" / "model.safetensors")
+    about = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for change, said in ({}, "b0_attention.norm.weight: nothing"), ({"arch": None}, "has no `arch`"):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(about | change))
+        assert main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "out")]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_and_a_damaged_tokenizer_end_in_words(
+    tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    run_of("llama", run)
+    assert main(["export", str(run), str(run / "config.yaml" / "x")]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+    (run / "tokenizer.json").write_text("{")
+    for command in (["export", str(run), str(tmp_path / "hf")], ["generate", str(run), "--prompt", "a"]):
+        assert main(command) == 2
+        assert "cannot be read as a tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import model
@@ -15,6 +16,7 @@ from model.__main__ import main
 from model.hub.folders import new_folder
 from model.hub.importing import import_model
 from model.schema import ConfigError
+from model.text import Printer, Text
 from tests.model.tiny_hf import CONFIGS, SIZES, VOCAB, tiny
 
 
@@ -83,7 +85,11 @@ def test_bad_sources_are_refused_and_nothing_is_left(tmp_path: Path, capsys: pyt
     _refused(tmp_path / "hf", out, capsys, "no safetensors file")
     weights.write_bytes(whole)
     about = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text("[]")
+    _refused(tmp_path / "hf", out, capsys, "no mapping")
     for key, value, word in (
+        ("num_attention_heads", 0, "not understood"),
+        ("hidden_size", "a", "not understood"),
         ("intermediate_size", 48, "up_proj"),
         ("num_hidden_layers", 2, "no place for"),
         ("model_type", "gpt2", "llama, mistral"),
@@ -133,3 +139,27 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         out.mkdir()
         (out / "a").write_text("first")
     assert (out / "a").read_text() == "first" and list(tmp_path.iterdir()) == [out]
+
+
+def test_the_weights_that_transformers_would_take(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """`model.safetensors` before anything else that lies there; then the index, which may be damaged."""
+    hf, run = tmp_path / "hf", tmp_path / "run"
+    tiny("llama", hf)
+    save_file({"tok_embeddings.weight": torch.zeros(3)}, hf / "consolidated.safetensors")
+    assert main(["import", str(hf), "--out", str(run)]) == 0
+    (hf / "model.safetensors").unlink()
+    for index in ("{", "{}", "[]"):
+        (hf / "model.safetensors.index.json").write_text(index)
+        _refused(hf, tmp_path / "out", capsys, "index.json", "cannot be read")
+
+
+def test_text_after_a_prompt_keeps_its_blank_and_its_last_character() -> None:
+    """A decoder that drops the blank before the first word must not take the first new one for it."""
+    tokenizer = Tokenizer(models.BPE({"\u2581a": 0, "\u2581b": 1, "<0xE2>": 2}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    text = Text.__new__(Text)
+    text._backend = tokenizer
+    printer = Printer(text, [0])
+    assert [printer.add(1), printer.add(2), printer.rest()] == [" b", "", "\ufffd"]

@@ -6,7 +6,7 @@ import torch
 import model
 from model.core import Docs
 from model.heads import IGNORE, shift_targets
-from model.schema import BlockNode, Config, HeadConfig
+from model.schema import BlockNode, Config, EmbedConfig, HeadConfig, RepeatNode
 
 V, D = 53, 32
 STACK = [
@@ -137,3 +137,17 @@ def test_training_flops_follow_what_is_trained(lm):
     assert small.flops_per_token(16) == 2 * mlp + 3 * 2.0 * V * D
     small.embed.requires_grad_(False)
     assert small.flops_per_token(16) == mlp + 2 * 2.0 * V * D  # the head's norm is trained: input gradients
+
+
+def test_flops_of_frozen_layers_below_which_nothing_is_trained():
+    """An output table of its own is above the stack: it asks for no gradient of what the stack reads."""
+    stack = [RepeatNode(1, [BlockNode("mlp", {})], frozen=True)]
+    small = model.build(Config(dim=D, stack=stack, embed=EmbedConfig(frozen=True, tied=False)), vocab=V)
+    mlp = sum(2.0 * m.weight.numel() for m in small.bank.modules() if isinstance(m, torch.nn.Linear))
+    assert small.flops_per_token(16) == mlp + 3 * 2.0 * V * D
+
+
+def test_rows_start_as_wide_as_init_std_says():
+    for std in (0.0, 0.02):
+        rows = model.build(Config(dim=D, stack=[BlockNode("mlp", {})], init_std=std), vocab=V).embed.weight
+        assert abs(float(rows.detach().std()) - std) < 0.1 * std + 1e-9

@@ -275,3 +275,103 @@ def test_the_pool_of_a_merging_shell_comes_from_the_file(tmp_path):
         config.load(
             {"dim": 32, "stack": [{"onion": [{"name": "s", "body": ["mlp"], "to": 8, "merge": {"size": 2}}]}]}
         )
+
+
+# ----------------------------------------------------------------------------- what would change logits
+
+
+def made(*stack, **rest) -> model.LanguageModel:
+    torch.manual_seed(len(stack))
+    defaults = {"swa": {"head_dim": 16, "window": 5}}
+    return model.build({"dim": D, "vocab": V, "defaults": defaults, "stack": list(stack), **rest}).eval()
+
+
+def rings(*shells: dict, **rest) -> dict:
+    return {
+        "onion": [{"name": f"s{i}", "body": ["mlp"], "to": 8, **s} for i, s in enumerate(shells, 1)],
+        **rest,
+    }
+
+
+def patch(*inner, **params) -> dict:
+    return {"wrap": {"by": {"patch": params}, "inner": list(inner)}}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        (
+            [patch("mlp"), "mlp"],
+            [patch("mlp", "mlp"), "mlp"],
+            "no prefix",
+        ),  # the names fit, the places do not
+        ([patch("mlp", size=2)], [patch("mlp", size=3)], "no prefix"),
+        (
+            ["mlp", "swa"],
+            [{"repeat": 2, "tied": True, "of": ["mlp", "swa"]}],
+            "visits b0_mlp of .* once more",
+        ),
+        ([{"mlp": {}, "as": "m"}], [{"mlp": {}, "as": "m"}, {"use": "m"}], "visits m of .* once more"),
+        ([rings({})], ["mlp", rings({})], "around the onion"),
+        (["mlp", rings({})], [rings({}), "mlp"], "around the onion"),
+        ([rings({})], [rings({}, {"blend": {"steps": 4}}, {"blend": {"steps": 4}})], "one shell a stage"),
+        ([rings({})], [rings({}, {"residual": True}, reading="whole")], "cannot start silent"),
+    ],
+)
+def test_growth_that_would_change_logits_is_refused(old, new, why):
+    small, large = made(*old), made(*new)
+    with pytest.raises(model.ConfigError, match=why):
+        load_into(large, small.config, small.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("was", "key"),
+    [
+        ({"norm_eps": 1e-2}, "norm_eps"),
+        ({"optim": {"mup": {"base": 16}}}, "optim.mup"),
+        ({"embed": {"scale": 3.0}}, "embed.scale"),
+        ({"embed": {"tied": False}}, "embed.tied"),
+        ({"heads": {"next": {"ffn": {"act": "gelu", "mult": 2}}}}, "heads.next.ffn"),
+    ],
+)
+def test_what_no_weight_says_must_be_the_same(was, key):
+    small, large = made("mlp", **was), made("mlp", "swa")
+    with pytest.raises(model.ConfigError, match=key):
+        load_into(large, small.config, small.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ([patch("mlp")], [patch("mlp", "swa")]),
+        (["mlp"], ["mlp", patch("swa")]),
+        ([rings({})], [rings({}), "mlp"]),
+        (["swa", rings({})], ["swa", rings({}, {"blend": {"steps": 4}}), "mlp"]),
+        ([rings({})], [rings({}, {"residual": True, "blend": {"steps": 4}}, reading="whole")]),
+        ([rings({})], [rings({}, {"residual": True}, {"residual": True})]),
+    ],
+)
+def test_what_may_be_added_changes_no_logit(old, new):
+    small, large = made(*old), made(*new)
+    load_into(large, small.config, small.state_dict())
+    with torch.no_grad():
+        assert torch.equal(small(tokens()).logits, large(tokens()).logits)
+
+
+def test_a_copied_bracket_takes_its_weights_along():
+    small, large = made(patch("mlp")), made(patch("mlp"), patch("mlp"), grow={"how": "copy"})
+    report = load_into(large, small.config, small.state_dict())
+    assert (
+        not report.fresh
+        and report.copied["bank.b2_patch.adapter.u.weight"] == "bank.b0_patch.adapter.u.weight"
+    )
+
+
+def test_the_outermost_shell_is_not_faded_in():
+    with pytest.raises(model.ConfigError, match="takes no merge, residual, blend or width"):
+        made(rings({"blend": {"steps": 4}}))
+
+
+def test_a_frozen_shell_freezes_the_rows_that_it_reads_itself():
+    assert not made(rings({"frozen": True})).embed.weight.requires_grad
+    assert made("mlp", rings({"frozen": True})).embed.weight.requires_grad

@@ -101,3 +101,12 @@ def test_mistakes():
         build([{"mirror": []}])
     with pytest.raises(ConfigError, match="want one of 'cycle', 'sequence', 'cycle_rev'"):
         build([tied(2, "cyclic", [A])])
+
+
+@pytest.mark.parametrize("name", ["a.b", "keys", ""])
+def test_names_that_no_module_can_have_are_refused(name):
+    for stack in ([{"mlp": {}, "as": name}], [{"shared_mlp": {"bank": name}}]):
+        with pytest.raises(ConfigError, match=r"stack\[0\].*cannot name a part of the model"):
+            build(stack)
+    with pytest.raises(ConfigError, match=r"heads: .*cannot name a part of the model"):
+        model.build({"dim": D, "vocab": V, "stack": ["mlp"], "heads": {name: {"shift": 1}}})
