@@ -28,6 +28,7 @@ class Growth:
     """What happened to each parameter of the larger model, and what was left behind.
 
     copied: fresh name -> loaded name whose weights it starts from (`how: copy`).
+    faded:  shell -> how far it counts, below 1: its stage ended while it was faded in, and so it stays.
     """
 
     loaded: list[str]
@@ -35,6 +36,7 @@ class Growth:
     frozen: list[str]
     copied: dict[str, str]
     dropped: list[str]
+    faded: dict[str, float]
 
     def lines(self) -> list[str]:
         """For people: what is listed before training starts."""
@@ -50,6 +52,11 @@ class Growth:
                 out.append(f"{title:8}{len(names):4} tensors  {_summary(names)}")
         if self.copied:
             out.append(f"{'copied':8}{len(self.copied):4} tensors  {_summary(sorted(self.copied))}")
+        for shell, s in self.faded.items():
+            out.append(
+                f"faded   shell {shell} counts for {s:.3f} and stays there: the stage that it grew in was"
+                " shorter than its `blend`"
+            )
         return out
 
 
@@ -92,7 +99,9 @@ def load_into(lm: LanguageModel, source: Config, tensors: Mapping[str, Tensor]) 
     fresh = [n for n in own if n not in have]
     _silence_new_parts(lm, fresh)
     frozen = [n for n, p in lm.named_parameters() if not p.requires_grad]
-    return Growth(loaded, fresh, frozen, copied, dropped)
+    fades = [i.module for i in lm.plan.walk() if isinstance(i, Fade) and f"bank.{i.module}.s" in loaded]
+    reached = {str(lm.plan.modules[name].shell): float(own[f"bank.{name}.s"]) for name in fades}
+    return Growth(loaded, fresh, frozen, copied, dropped, {k: s for k, s in reached.items() if s < 1})
 
 
 # ----------------------------------------------------------------------------- who becomes whom

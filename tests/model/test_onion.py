@@ -97,6 +97,17 @@ def test_third_stage_inserts_into_the_second(reading):
         assert torch.equal(two(tokens()).logits, three(tokens()).logits)
 
 
+def test_a_fade_that_was_cut_short_is_told():
+    """A shell of a stage that was too short counts for less than all, and does so ever after."""
+    for steps, told in ((3, ["s2"]), (6, [])):
+        _, two = grown("split")
+        train(two, steps)
+        three = onion(shell(1, frozen=True), shell(2, frozen=True), shell(3, blend=Blend(steps=4)))
+        report = load_into(three, two.config, two.state_dict())
+        assert list(report.faded) == told
+        assert any("shell s2 counts for 0.5" in line for line in report.lines()) == bool(told)
+
+
 def test_the_new_shell_learns_at_fade_zero():
     _, two = grown("split")
     two.train()
