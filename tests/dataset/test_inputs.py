@@ -119,6 +119,30 @@ def test_cut_files_keep_what_came_before_and_report(tmp_path, name):
     assert all(isinstance(d, Document) and d.text in TEXTS for d in found[:-1])
 
 
+@pytest.mark.parametrize(
+    ("ending", "compress"), [("gz", gzip.compress), ("xz", lzma.compress), ("zst", zstandard.compress)]
+)
+def test_all_whole_lines_before_a_cut_are_kept(tmp_path, ending, compress):
+    """However the libraries buffer: a line is lost only with the bytes it is made of."""
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(30).hex() for _ in range(3000)]
+    whole = compress(jsonl(texts))
+    (tmp_path / f"a.jsonl.{ending}").write_bytes(whole[: len(whole) * 2 // 3])
+    *kept, damage = documents(tmp_path / f"a.jsonl.{ending}")
+    assert isinstance(damage, Damage) and damage.line == len(kept) + 1
+    assert [d.text for d in kept] == texts[: len(kept)] and len(kept) > 1500
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst", "xz", "bz2"])
+def test_an_archive_of_no_bytes_is_damage(tmp_path, ending):
+    for name in (f"a.jsonl.{ending}", f"a.txt.{ending}"):
+        (tmp_path / name).write_bytes(b"")
+        (found,) = documents(tmp_path / name)
+        assert isinstance(found, Damage) and "no bytes" in found.message
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(jsonl(["a"])) + b"something else")
+    assert [type(d) for d in documents(tmp_path / "b.jsonl.zst")] == [Document, Damage]
+
+
 def test_missing_column_names_the_columns(tmp_path):
     for name in ("a.parquet", "b.arrow"):
         (tmp_path / name).write_bytes(FILES[name]())
