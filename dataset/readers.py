@@ -104,7 +104,7 @@ def _inflated(name: str, raw: io.BufferedReader) -> Iterator[bytes]:
     yield from iter(lambda: stream.read1(STEP), b"")
 
 
-def _decompressed(name: str, raw: io.BufferedReader) -> io.BufferedReader:
+def _decompressed(name: str, raw: Any) -> Any:  # both are io.BufferedReader, generic in newer stubs
     name = name.lower()
     if not name.endswith(COMPRESSED):
         return raw

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -86,6 +87,41 @@ def test_text_and_code_files_are_documents(tmp_path):
     found = documents(tmp_path / "src")
     assert [d.text for d in found] == ["# a.py\n", "# b.md\n", "rst", "# settings.json\n"]
     assert [d.text for d in documents(tmp_path / "src", include=("*.py",))] == ["# a.py\n"]
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    for folder in ("far/sub", "src"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "far" / "sub" / "b.txt").write_text("b")
+    (tmp_path / "src" / "a.txt").write_text("a")
+    (tmp_path / "src" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "src" / "again").symlink_to(tmp_path / "far" / "sub")  # once is enough
+    (tmp_path / "far" / "sub" / "back").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "up").symlink_to(tmp_path)
+    inputs, _ = find(str(tmp_path / "src"), ReadOptions())
+    assert [i.name for i in inputs] == ["src/a.txt", "src/again/b.txt"]
+
+
+def test_what_cannot_be_listed_or_named_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "src" / "locked").mkdir(parents=True)
+    (tmp_path / "src" / "a.txt").write_text("a")
+    real = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        with pytest.raises(DatasetError, match="locked: not permitted"):
+            find(str(tmp_path / "src"), ReadOptions())
+    try:
+        (tmp_path / "src" / os.fsdecode(b"\xff.txt")).write_text("b")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    with pytest.raises(DatasetError, match="not UTF-8"):
+        find(str(tmp_path / "src"), ReadOptions())
 
 
 def test_nested_folders_as_dclm_lays_them_out(tmp_path):
