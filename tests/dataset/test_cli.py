@@ -134,7 +134,16 @@ def refusing(part, number):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--task", "3/3"], ["--task", "x"], ["--shard-bytes", "many"], ["--dtype", "u8"]]
+    "argv",
+    [
+        ["--task", "3/3"],
+        ["--task", "x"],
+        ["--shard-bytes", "many"],
+        ["--shard-bytes", "infG"],
+        ["--dtype", "u8"],
+        ["--workers", "0", "--dry-run"],
+        ["--workers", "-2"],
+    ],
 )
 def test_malformed_options_exit_2(argv, corpus, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -161,6 +161,23 @@ def test_foreign_and_unfinished_folders_are_refused(corpus, tmp_path, many_tasks
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
+def test_tasks_that_start_together_do_not_refuse_each_other(corpus, tmp_path, monkeypatch, many_tasks):
+    """Another task claims the folder and makes its own in it between any two looks of this one."""
+    request, out, real = Request((str(corpus),)), tmp_path / "out", Path.exists
+    met = []
+
+    def exists(path, **options):
+        found = real(path, **options)
+        if path.name == "plan.json" and not met:
+            met.append(path)
+            prepare(request, out, task=(1, 2))
+        return found
+
+    monkeypatch.setattr(Path, "exists", exists)
+    prepare(request, out, task=(0, 2))
+    assert met and prepare(request, out).dataset
+
+
 def test_full_disk_keeps_what_was_done(corpus, tmp_path, many_tasks, monkeypatch):
     request = Request((str(corpus),), heldout=0.1)
     real, calls = os.fsync, []
@@ -220,6 +237,13 @@ def test_a_corpus_without_documents_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DatasetError, match="not one document"):
         prepare(Request((str(tmp_path / "empty.txt"),)), tmp_path / "out")
+    (tmp_path / "broken.jsonl").write_text("{")
+    with pytest.raises(
+        DatasetError, match=r"1 could not be read.*The first error: broken\.jsonl:1: not JSON"
+    ):
+        prepare(Request((str(tmp_path / "broken.jsonl"),)), tmp_path / "out")
+    (tmp_path / "good.txt").write_text("text")
+    assert prepare(Request((str(tmp_path / "good.txt"),), heldout=0.0), tmp_path / "out").dataset.id
     (tmp_path / "none").mkdir()
     with pytest.raises(DatasetError, match="no files"):
         prepare(Request((str(tmp_path / "none"),)), tmp_path / "out2")
