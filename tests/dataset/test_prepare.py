@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import dataset
-from dataset import files, plan
+from dataset import files, plan, writer
 from dataset.files import DatasetError
 from dataset.plan import Request
 from dataset.prepare import prepare
@@ -44,6 +44,23 @@ def test_shards_are_cut_at_document_ends(byte_data):
     for shard in byte_data.splits["train"].shards:
         assert shard.tok.nbytes <= 8192 or shard.documents == 1
         assert shard.tok[-1] == byte_data.eos_id
+
+
+def test_long_documents_do_not_pile_up_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "BUFFER_IDS", 1000)
+    shards = writer.ShardWriter(tmp_path, "train-000000", "u16")
+    for _ in range(20):
+        shards.add(np.zeros(300, np.uint16), 299)
+        assert sum(map(len, shards._pending["tok"])) < 1000
+    (entry,) = shards.close()
+    assert entry["tokens"] == 6000 and (tmp_path / "train-000000-000.tok").stat().st_size == 12000
+
+
+def test_lengths_past_32_bits_are_refused_and_never_reached(tmp_path):
+    shards = writer.ShardWriter(tmp_path, "train-000000", "u16", shard_bytes=8 * 2**30)
+    with pytest.raises(DatasetError, match="4,294,967,296 ids"):
+        shards.add(np.broadcast_to(np.uint16(7), 2**32), 2**32)
+    assert shards._limit < 2**32  # of .tok alone 8 GiB would be 2^32 ids
 
 
 def test_copies_of_a_document_stay_in_one_split(tmp_path):
