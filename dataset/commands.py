@@ -22,7 +22,7 @@ def add(commands) -> None:
 
 
 def add_looking(commands) -> None:
-    p = commands.add_parser("verify", help="hash every block; name the damaged ones")
+    p = commands.add_parser("verify", help="hash every block, of sidecars too; name the damaged ones")
     p.add_argument("path", type=Path)
     p.set_defaults(run=run_verify)
     p = commands.add_parser("info", help="counts, lengths, bytes per token, sample text")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.files import TEMPORARY, DatasetError, Hasher, explain, sync_folder
+from dataset.files import DatasetError, Hasher, explain, sync_folder, temporary_name
 from dataset.format import DTYPES, KINDS
 
 SHARD_BYTES = 2**30  # of .tok
@@ -66,7 +66,7 @@ class ShardWriter:
             self._flush()
 
     def _temporary(self, kind: str) -> Path:
-        return self._folder / f"{self._name}.{kind}.{os.getpid()}{TEMPORARY}"
+        return temporary_name(self._folder / f"{self._name}.{kind}")
 
     def _write(self, kind: str, data: np.ndarray) -> None:
         path = self._temporary(kind)
