@@ -12,6 +12,8 @@ from dataset import commands as others
 from dataset.console import HELP, bar, console, positive, print_table, task_number
 from dataset.files import DatasetError
 
+GO_ON = ("prepare", "score", "continue")  # commands that take up what an earlier run has finished
+
 
 def size(text: str) -> int:
     """Bytes: 512M, 1G, 1048576."""
@@ -143,7 +145,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept, run the same command to go on", file=sys.stderr)
+        on = "; what was finished is kept, run the same command to go on"
+        print(f"stopped{on if args.command in GO_ON else ''}", file=sys.stderr)
         return 130
 
 

@@ -145,6 +145,8 @@ def run_train_tokenizer(args: argparse.Namespace) -> int:
     from dataset.sources import ReadOptions
     from dataset.train_tokenizer import train
 
+    if not 0 < args.sample_mb < 1e9:
+        raise DatasetError(f"--sample-mb {args.sample_mb}: a number of megabytes above 0 is needed")
     options = ReadOptions(args.field, tuple(args.include))
     with bar("reading") as progress:
         job = progress.add_task("", total=None)

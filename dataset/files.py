@@ -80,6 +80,12 @@ def writing(path: Path, mode: str = "wb") -> Iterator[IO]:
             temporary.unlink()
 
 
+def require_empty(out: Path) -> None:
+    """Raises DatasetError unless `out` is an empty folder, or nothing yet."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DatasetError(f"{out}: a file, or a folder that is not empty. Choose another --out")
+
+
 def explain(error: OSError, path: Path | str) -> DatasetError:
     """An operating-system error as a sentence with a remedy."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

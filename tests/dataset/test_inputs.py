@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -252,6 +253,37 @@ def test_import_refuses_ids_outside_the_vocabulary_and_cut_files(byte_data, tmp_
     (tmp_path / "y.idx").write_bytes(b"something else entirely" * 3)
     with pytest.raises(DatasetError, match="not a Megatron index"):
         exchange.import_corpus("megatron", [tmp_path / "y"], make("bytes"), tmp_path / "o4")
+
+
+def test_indices_that_are_cut_or_leave_something_out_are_refused(byte_data, tmp_path):
+    exchange.export_corpus("megatron", byte_data, "train", tmp_path / "x")
+    exchange.export_corpus("datatrove", byte_data, "train", tmp_path / "y")
+    index, ends = (tmp_path / "x.idx").read_bytes(), (tmp_path / "y.ds.index").read_bytes()
+    n = byte_data.splits["train"].documents
+    fewer = index[:26] + (n).to_bytes(8, "little") + index[34:-8]  # the last document is in none
+
+    def refused(kind, name, message):
+        with pytest.raises(DatasetError, match=message):
+            exchange.import_corpus(kind, [tmp_path / name], make("bytes"), tmp_path / "out")
+        assert not (tmp_path / "out").exists()  # so that the next try may have the same --out
+
+    for damaged, message in ((index[:20], "header"), (index[:100], "cut off"), (fewer, "not all of its")):
+        (tmp_path / "x.idx").write_bytes(damaged)
+        refused("megatron", "x", message)
+    for damaged in (ends[:-3], ends[:8] + ends[16:24] + ends[8:]):
+        (tmp_path / "y.ds.index").write_bytes(damaged)
+        refused("datatrove", "y.ds", "no list of document ends")
+
+
+def test_import_and_export_refuse_what_they_cannot_do(byte_data, tmp_path):
+    exchange.export_corpus("datatrove", byte_data, "train", tmp_path / "y")
+    (tmp_path / "file").write_text("mine")
+    for out, heldout, message in (("a", 2.0, "fraction"), ("file", 0.0, "a file, or a folder")):
+        with pytest.raises(DatasetError, match=message):
+            exchange.import_corpus("datatrove", [tmp_path / "y.ds"], make("bytes"), tmp_path / out, heldout)
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "a").exists()
+    with pytest.raises(DatasetError, match="a prefix of file names"):
+        exchange.export_corpus("megatron", byte_data, "train", Path("."))
 
 
 def test_import_adds_missing_eos_and_holds_out(byte_data, tmp_path):

@@ -184,6 +184,13 @@ def test_training_is_repeatable_and_refuses_bad_sizes(corpus, trained, tmp_path)
         train((str(corpus),), 600, tmp_path / "b")
 
 
+def test_training_takes_halves_of_surrogate_pairs_and_refuses_a_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "half \\ud800 of one"}\n{"text": "and a whole line"}\n')
+    assert train((str(tmp_path / "a.jsonl"),), 270, tmp_path / "t").decode([0]) == ""
+    with pytest.raises(DatasetError, match="a file, or a folder"):
+        train((str(tmp_path / "a.jsonl"),), 270, tmp_path / "a.jsonl")
+
+
 # ----------------------------------------------------------------------------- the fast path
 
 
