@@ -101,7 +101,7 @@ def import_corpus(
     """A dataset folder from tokenized files, one shard series a file.
 
     EOS is put after documents that lack it. heldout: fraction of documents, by the hash of their ids.
-    Raises DatasetError when an id is outside the vocabulary, or `out` is not empty; nothing is left there then.
+    Raises DatasetError when an id is outside the vocabulary, or `out` is not empty. Then nothing is left.
     """
     if not 0 <= heldout < 1:
         raise DatasetError(f"--heldout {heldout}: a fraction in [0, 1) is needed")

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -23,6 +24,7 @@ from dataset.sources import COMPRESSED, Input, is_remote
 SNIFF = 8192  # a NUL byte within this many bytes means: not text
 PIECE = 2**20
 STEP = 2**17  # decompressed at once
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow's, which every library writes that closes a stream
 
 Seen = Callable[[bytes | memoryview], None]
 
@@ -200,19 +202,28 @@ def _parquet(file: BinaryIO, field: str) -> Iterator[Any]:
 
 
 def _arrow(file: BinaryIO, field: str) -> Iterator[Any]:
-    """The stream format that Hugging Face `datasets` saves, or the file format."""
+    """The stream format that Hugging Face `datasets` saves, or the file format.
+
+    A stream whose writer was killed between two batches has no other sign of it than the missing end mark.
+    """
     import pyarrow.ipc
 
+    stream = True
     try:
         batches: Any = pyarrow.ipc.open_stream(file)
         schema = batches.schema
     except pyarrow.ArrowInvalid:
         file.seek(0)
+        stream = False
         whole = pyarrow.ipc.open_file(file)
         schema, batches = whole.schema, (whole.get_batch(i) for i in range(whole.num_record_batches))
     _check_column(field, schema.names)
     for batch in batches:
         yield batch.column(schema.names.index(field))
+    if stream:
+        file.seek(-len(END_OF_STREAM), os.SEEK_END)
+        if file.read() != END_OF_STREAM:
+            raise EOFError("the stream has no end mark; its writer was stopped, or the file is cut")
 
 
 TABLES = {"parquet": _parquet, "arrow": _arrow}

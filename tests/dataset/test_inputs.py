@@ -170,6 +170,16 @@ def test_all_whole_lines_before_a_cut_are_kept(tmp_path, ending, compress):
     assert [d.text for d in kept] == texts[: len(kept)] and len(kept) > 1500
 
 
+def test_an_arrow_stream_cut_anywhere_is_reported(tmp_path):
+    """Between two batches too, where pyarrow's reader takes what is there for the whole."""
+    whole = arrow_stream()
+    for size in range(0, len(whole), 8):
+        (tmp_path / "a.arrow").write_bytes(whole[:size])
+        *kept, damage = documents(tmp_path / "a.arrow")
+        assert isinstance(damage, Damage) and [d.text for d in kept] == TEXTS[: len(kept)], size
+    assert len(kept) == len(TEXTS)  # at the last cut the end mark alone is missing
+
+
 @pytest.mark.parametrize("ending", ["gz", "zst", "xz", "bz2"])
 def test_an_archive_of_no_bytes_is_damage(tmp_path, ending):
     for name in (f"a.jsonl.{ending}", f"a.txt.{ending}"):
