@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 from dataset import commands as others
-from dataset.console import HELP, bar, console, print_table, task_number
+from dataset.console import HELP, bar, console, positive, print_table, task_number
 from dataset.files import DatasetError
+
+GO_ON = ("prepare", "score", "continue")  # commands that take up what an earlier run has finished
 
 
 def size(text: str) -> int:
@@ -18,7 +20,7 @@ def size(text: str) -> int:
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     try:
         return int(float(text[:-1]) * units[text[-1].upper()]) if text[-1].upper() in units else int(text)
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 512M or 1G") from None
 
 
@@ -53,7 +55,7 @@ def add_prepare(commands) -> None:
     p.add_argument("--min-tokens", type=int, default=0, metavar="N", help="drop shorter documents (counted)")
     p.add_argument("--max-tokens", type=int, default=0, metavar="N", help="drop longer documents (counted)")
     p.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)"
+        "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)"
     )
     p.add_argument("--task", type=task_number, metavar="I/N", help="only tasks I, I+N, ...: for a scheduler")
     p.add_argument("--strict", action="store_true", help="stop at the first input error")
@@ -143,7 +145,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept, run the same command to go on", file=sys.stderr)
+        on = "; what was finished is kept, run the same command to go on"
+        print(f"stopped{on if args.command in GO_ON else ''}", file=sys.stderr)
         return 130
 
 

@@ -22,7 +22,7 @@ def add(commands) -> None:
 
 
 def add_looking(commands) -> None:
-    p = commands.add_parser("verify", help="hash every block; name the damaged ones")
+    p = commands.add_parser("verify", help="hash every block, of sidecars too; name the damaged ones")
     p.add_argument("path", type=Path)
     p.set_defaults(run=run_verify)
     p = commands.add_parser("info", help="counts, lengths, bytes per token, sample text")
@@ -145,6 +145,8 @@ def run_train_tokenizer(args: argparse.Namespace) -> int:
     from dataset.sources import ReadOptions
     from dataset.train_tokenizer import train
 
+    if not 0 < args.sample_mb < 1e9:
+        raise DatasetError(f"--sample-mb {args.sample_mb}: a number of megabytes above 0 is needed")
     options = ReadOptions(args.field, tuple(args.include))
     with bar("reading") as progress:
         job = progress.add_task("", total=None)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dataset.files import DatasetError
-from dataset.format import open_dataset
+from dataset.format import Dataset, open_dataset
 from dataset.mixture import Mixture
 from dataset.views import LengthSchedule, Samples, View
 
@@ -42,7 +42,7 @@ def build(
     Raises DatasetError naming the key that is wrong.
     """
     if not isinstance(settings, Mapping):
-        return open_dataset(settings).view(context=context, seed=seed, split=split, **view)
+        return _open("data", settings).view(context=context, seed=seed, split=split, **view)
     _known("data", settings, KEYS)
     if not isinstance(settings.get("sources"), Mapping) or not settings["sources"]:
         raise DatasetError("data.sources: a mapping of names to dataset folders is needed")
@@ -55,8 +55,8 @@ def build(
     if len(views) == 1 and "stages" not in settings:
         found = next(iter(views.values()))
     else:
-        batch = global_batch if global_batch is not None else (1 if len(stages) == 1 else None)
         steps = _at("stages", stages, total_steps)
+        batch = global_batch if global_batch is not None else (1 if len(steps) == 1 else None)
         starts = [(at * _need(batch, "global_batch"), stage["weights"]) for at, stage in steps]
         found = Mixture(views, starts)
     if lengths := settings.get("lengths"):
@@ -66,16 +66,24 @@ def build(
 
 def _source(where: str, one: Any, defaults: dict[str, Any]) -> View:
     if not isinstance(one, Mapping):
-        return open_dataset(one).view(**defaults)
+        return _open(where, one).view(**defaults)
     _known(where, one, ("path", *VIEW_KEYS))
     if "path" not in one:
         raise DatasetError(f"{where}: 'path' is missing")
-    return open_dataset(one["path"]).view(**(defaults | {k: v for k, v in one.items() if k != "path"}))
+    return _open(where, one["path"]).view(**(defaults | {k: v for k, v in one.items() if k != "path"}))
+
+
+def _open(where: str, path: Any) -> Dataset:
+    if not isinstance(path, str | os.PathLike):
+        raise DatasetError(f"{where}: {path!r} is no path of a dataset folder")
+    return open_dataset(path)
 
 
 def _at(where: str, stages: Any, total_steps: int | None) -> list[tuple[int, Mapping[str, Any]]]:
     """(first step, stage): fractions of the run become steps."""
     needed = "weights" if where == "stages" else "context"
+    if not isinstance(stages, list | tuple):
+        raise DatasetError(f"data.{where}: a list of stages is needed, got {stages!r}")
     found = []
     for i, stage in enumerate(stages):
         label = f"data.{where}[{i}]"
@@ -83,11 +91,14 @@ def _at(where: str, stages: Any, total_steps: int | None) -> list[tuple[int, Map
             raise DatasetError(f"{label}: a mapping with 'at' and '{needed}' is needed, got {stage!r}")
         _known(label, stage, ("at", needed))
         at = stage.get("at", 0)
-        if isinstance(at, bool) or not isinstance(at, int | float) or at < 0:
-            raise DatasetError(f"{label}.at: {at!r} is neither a fraction of the run in [0, 1) nor a step")
-        if isinstance(at, float) and at < 1:
+        allowed = 0 <= at < 1 if isinstance(at, float) else type(at) is int and at >= 0
+        if not allowed:
+            raise DatasetError(
+                f"{label}.at: {at!r} is neither a fraction of the run in [0, 1) nor a whole step"
+            )
+        if isinstance(at, float):
             at = round(at * _need(total_steps, "total_steps")) if at else 0
-        found.append((int(at), stage))
+        found.append((at, stage))
     return found
 
 

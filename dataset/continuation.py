@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dataset.chat import INSTRUCTION, Frame, frame
-from dataset.files import DatasetError, canonical, digest, read_json, write_bytes, write_json
+from dataset.files import TEMPORARY, DatasetError, canonical, digest, read_json, write_bytes, write_json
 from dataset.format import Dataset, open_dataset, write_manifest
 from dataset.order import Permutation, derive
 from dataset.prepare import COUNTED, split_record, tokenizer_record
@@ -80,6 +80,11 @@ def continue_documents(
     Killed, it goes on after the last finished run of 64 documents. Raises DatasetError.
     """
     recipe.check()
+    if not data.tokenizer.exact:
+        raise DatasetError(
+            f"{data.path}: its tokenizer changes the text, so prefixes cannot be given back whole. Prepare "
+            "it with a byte-level tokenizer"
+        )
     asked = chat_frame(teacher, recipe)
     identity = {"data": data.id, "teacher": teacher.identity, **asdict(recipe)}
     _claim(out, digest(canonical(identity)))
@@ -103,7 +108,7 @@ def _claim(out: Path, plan: str) -> None:
     if mark.exists():
         if read_json(mark)["plan"] != plan:
             raise DatasetError(f"{out}: unfinished work with other settings is there. Choose another --out")
-    elif out.exists() and any(p.name != ".prepare" for p in out.iterdir()):
+    elif out.exists() and (not out.is_dir() or any(p.name != ".prepare" for p in out.iterdir())):
         raise DatasetError(f"{out}: the folder is not empty. Choose another --out")
     write_json(mark, {"plan": plan})
     (out / "shards").mkdir(exist_ok=True)
@@ -159,17 +164,19 @@ def _task(
 
 
 def chat_frame(teacher: Reference, recipe: Recipe) -> Frame:
-    """What stands around a prefix; nothing without `chat`. Raises DatasetError."""
+    """What stands around a prefix; nothing without `chat`. Raises DatasetError, also without room for one."""
     if not recipe.chat:
         empty = np.zeros(0, np.int64)
-        return Frame(empty, empty, frozenset({teacher.tokenizer.eos_id}))
-    if teacher.chat is None:
+        asked = Frame(empty, empty, frozenset({teacher.tokenizer.eos_id}))
+    elif teacher.chat is None:
         raise DatasetError("--chat: only a transformers teacher has a chat template. Leave --chat out")
-    asked = frame(teacher.chat(), recipe.instruction)
+    else:
+        asked = frame(teacher.chat(), recipe.instruction)
     if len(asked) + recipe.new >= teacher.context:
+        template = f"the template takes {len(asked)} ids and " if recipe.chat else ""
         raise DatasetError(
-            f"--chat: the template takes {len(asked)} ids and --new {recipe.new}, and the teacher reads "
-            f"{teacher.context}. Lower --new"
+            f"--new {recipe.new}: {template}the teacher reads {teacher.context} in all, which leaves none "
+            "for the text. Lower --new"
         )
     return asked
 
@@ -190,6 +197,8 @@ def _finish(data: Dataset, out: Path, receipts: list[dict[str, Any]], identity: 
         counts.update(receipt["counts"])
     if not counts["documents"]:
         raise DatasetError(f"{out}: every continuation was left out: {dict(counts)}")
+    for stale in (out / "shards").glob(f"*{TEMPORARY}"):  # of killed tries
+        stale.unlink(missing_ok=True)
     entries = [e for receipt in receipts for e in receipt["shards"]]
     lines = b"".join(canonical(r["counts"]) + b"\n" for r in receipts)
     write_bytes(out / "sources.jsonl", lines)

@@ -7,6 +7,7 @@ ends in ids, NAME.ds.metadata the tokenizer's name and the counts. Documents in 
 
 from __future__ import annotations
 
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.files import DatasetError, canonical, digest, explain, write_bytes, writing
+from dataset.files import DatasetError, canonical, digest, explain, require_empty, write_bytes, writing
 from dataset.format import DTYPES, SPLITS, Dataset, Split, dtype_for, map_file, open_dataset, write_manifest
 from dataset.order import derive
 from dataset.prepare import COUNTED, split_record, tokenizer_record
@@ -22,6 +23,7 @@ from dataset.tokenizers import Tokenizer
 from dataset.writer import ShardWriter
 
 MAGIC = b"MMIDIDX\x00\x00"
+HEADER = 34  # bytes of an .idx
 MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 Documents = Iterator[np.ndarray]
 
@@ -34,13 +36,15 @@ def read_megatron(prefix: Path) -> Documents:
     index = _bytes(prefix.with_name(prefix.name + ".idx"))
     if index[:9] != MAGIC:
         raise DatasetError(f"{prefix}.idx: not a Megatron index (it starts with {index[:9]!r})")
+    if len(index) < HEADER:
+        raise DatasetError(f"{prefix}.idx: cut off: {len(index):,} bytes, the header alone has {HEADER}")
     version, code, sequences, boundaries = struct.unpack_from("<QBQQ", index, 9)
     if version != 1 or code not in MEGATRON_DTYPES:
         raise DatasetError(f"{prefix}.idx: version {version}, dtype code {code}: only version 1 is known")
     try:
-        lengths = np.frombuffer(index, "<i4", sequences, 34).astype(np.int64)
-        starts = np.frombuffer(index, "<i8", sequences, 34 + 4 * sequences)
-        bounds = np.frombuffer(index, "<i8", boundaries, 34 + 12 * sequences)
+        lengths = np.frombuffer(index, "<i4", sequences, HEADER).astype(np.int64)
+        starts = np.frombuffer(index, "<i8", sequences, HEADER + 4 * sequences)
+        bounds = np.frombuffer(index, "<i8", boundaries, HEADER + 12 * sequences)
     except ValueError:
         raise DatasetError(
             f"{prefix}.idx: cut off: {len(index):,} bytes for {sequences:,} sequences"
@@ -49,6 +53,8 @@ def read_megatron(prefix: Path) -> Documents:
     data = map_file(prefix.with_name(prefix.name + ".bin"), np.dtype("u1"))
     if sequences and int((starts + lengths * dtype.itemsize).max()) > len(data):
         raise DatasetError(f"{prefix}.bin: cut off: the index needs more than its {len(data):,} bytes")
+    if not len(bounds) or bounds[0] != 0 or bounds[-1] != sequences or (np.diff(bounds) < 0).any():
+        raise DatasetError(f"{prefix}.idx: its documents are not all of its {sequences:,} sequences in order")
     for first, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist()):
         parts = [
             data[s : s + n * dtype.itemsize].view(dtype)
@@ -59,7 +65,10 @@ def read_megatron(prefix: Path) -> Documents:
 
 def read_datatrove(path: Path) -> Documents:
     """int64 ids of every document of a `.ds` file. Raises DatasetError."""
-    ends = np.frombuffer(_bytes(path.with_name(path.name + ".index")), "<u8").astype(np.int64)
+    index = _bytes(path.with_name(path.name + ".index"))
+    ends = np.frombuffer(index, "<u8", len(index) // 8).astype(np.int64)
+    if len(index) % 8 or (np.diff(ends) < 0).any():
+        raise DatasetError(f"{path}.index: {len(index):,} bytes are no list of document ends. Copy it again")
     size = path.stat().st_size if path.exists() else 0
     total = int(ends[-1]) if len(ends) else 0
     if total == 0 or size not in (2 * total, 4 * total):
@@ -92,14 +101,23 @@ def import_corpus(
     """A dataset folder from tokenized files, one shard series a file.
 
     EOS is put after documents that lack it. heldout: fraction of documents, by the hash of their ids.
-    Raises DatasetError when an id is outside the vocabulary, or `out` is not empty.
+    Raises DatasetError when an id is outside the vocabulary, or `out` is not empty. Then nothing is left.
     """
-    if out.exists() and any(out.iterdir()):
-        raise DatasetError(f"{out}: the folder is not empty. Choose another --out")
+    if not 0 <= heldout < 1:
+        raise DatasetError(f"--heldout {heldout}: a fraction in [0, 1) is needed")
+    require_empty(out)
     try:
         (out / "shards").mkdir(parents=True)
     except OSError as error:
         raise explain(error, out) from error
+    try:
+        return _import(kind, paths, tokenizer, out, heldout)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _import(kind: str, paths: list[Path], tokenizer: Tokenizer, out: Path, heldout: float) -> Dataset:
     dtype = dtype_for(tokenizer.vocab)
     entries: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     inputs: list[dict[str, Any]] = []
@@ -207,6 +225,8 @@ def export_corpus(kind: str, data: Dataset, split: str, target: Path) -> None:
     """Write one split for another tool. Raises DatasetError when it is empty, or the target exists."""
     if split not in data.splits or not data.splits[split].documents:
         raise DatasetError(f"{data.path}: split {split!r} holds no documents")
+    if not target.name:
+        raise DatasetError(f"--out {target}: a prefix of file names is needed, such as {target / 'corpus'}")
     for ending in (".bin", ".idx", ".ds", ""):
         if (there := target.with_name(target.name + ending)).exists():
             raise DatasetError(f"{there}: exists already. Choose another target")

@@ -9,11 +9,13 @@ import contextlib
 import errno
 import json
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import blake3
+import psutil
 import xxhash
 
 BLOCK = 16 * 2**20  # bytes under one xxh3-64: what `verify` can name as damaged
@@ -44,13 +46,25 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def temporary_name(path: Path) -> Path:
+    """Where this process writes what becomes `path`. Process ids repeat between machines and containers, and
+    a folder may be shared by several, so the machine's name is in it too."""
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}{TEMPORARY}")
+
+
+def abandoned(temporary: Path) -> bool:
+    """Whether a temporary file was left by a process of this machine that is gone."""
+    start, _, process = temporary.name.removesuffix(TEMPORARY).rpartition(".")
+    return start.endswith(f".{platform.node()}") and not psutil.pid_exists(int(process))
+
+
 @contextlib.contextmanager
 def writing(path: Path, mode: str = "wb") -> Iterator[IO]:
     """A file that appears under its name only when the block ends without an exception.
 
     Raises DatasetError when the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, mode) as file:
@@ -62,7 +76,14 @@ def writing(path: Path, mode: str = "wb") -> Iterator[IO]:
     except OSError as error:
         raise explain(error, path) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file where a folder should be: nothing was written
+            temporary.unlink()
+
+
+def require_empty(out: Path) -> None:
+    """Raises DatasetError unless `out` is an empty folder, or nothing yet."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DatasetError(f"{out}: a file, or a folder that is not empty. Choose another --out")
 
 
 def explain(error: OSError, path: Path | str) -> DatasetError:

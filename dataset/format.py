@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -242,7 +243,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DatasetError(
             f"{file}: its content does not match its own id: edited by hand or damaged. Put the original back"
         )
+    _check_names(file, manifest)
     return manifest
+
+
+def _check_names(file: Path, manifest: dict[str, Any]) -> None:
+    """Names become paths, of a remote dataset's cache too: none may lead out of its folder."""
+    names = [*manifest["tokenizer"]["files"]]
+    names += [entry["name"] for split in manifest["splits"].values() for entry in split["shards"]]
+    for name in names:
+        if not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise DatasetError(f"{file}: {name!r} is no name of a file of a dataset. Do not use this dataset")
 
 
 def open_dataset(path: str | os.PathLike, check: str = "auto") -> Dataset:

@@ -48,7 +48,7 @@ class Batch:
     def bytes(self) -> int:
         """UTF-8 text bytes that the batch's ids stand for; EOS and padding count 0."""
         assert self.text_bytes is not None
-        return int(self.text_bytes[self.tokens].sum())
+        return int(self.text_bytes.to(self.tokens.device)[self.tokens].sum())
 
     @property
     def max_seqlen(self) -> int:
@@ -61,22 +61,21 @@ class Batch:
         starts = torch.repeat_interleave(self.cu_seqlens[:-1].long(), lengths)
         return (torch.arange(len(starts), device=starts.device) - starts).view_as(self.tokens)
 
+    def _travelling(self) -> Iterator[tuple[str, Tensor]]:
+        """The fields that are this batch's own: the table of bytes is every batch's."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and name != "text_bytes":
+                yield name, value
+
     def to(self, device: torch.device | str) -> Batch:
         """On `device`, without waiting when the memory is pinned; ids are widened there."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor) and name != "text_bytes"
-        }
+        moved = {name: value.to(device, non_blocking=True) for name, value in self._travelling()}
         moved["tokens"] = moved["tokens"].to(torch.int64)
         return replace(self, **moved)
 
     def pin(self) -> Batch:
         """In page-locked memory (needs CUDA)."""
-        return replace(
-            self,
-            **{name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)},
-        )
+        return replace(self, **{name: value.pin_memory() for name, value in self._travelling()})
 
 
 def to_torch(arrays: Arrays, view: Samples) -> Batch:

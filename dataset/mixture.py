@@ -9,8 +9,10 @@ its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,11 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
 
     Fractions that no period of 10,000 expresses are rounded to it; a weight above zero stays above zero.
     """
-    if not weights or min(weights) < 0 or sum(weights) <= 0:
-        raise DatasetError(f"mixture weights {list(weights)}: at least one must be positive, none negative")
+    numbers = all(isinstance(w, Real) and not isinstance(w, bool) and math.isfinite(w) for w in weights)
+    if not numbers or not weights or min(weights) < 0 or sum(weights) <= 0:
+        raise DatasetError(
+            f"mixture weights {list(weights)}: want numbers, at least one of them positive, none negative"
+        )
     exact = [Fraction(str(w)) for w in weights]
     scale = np.lcm.reduce([f.denominator for f in exact], dtype=object)
     whole = [int(f * scale) for f in exact]
@@ -68,7 +73,8 @@ class _Stage:
 class Mixture(Samples):
     """Views drawn from in proportion.
 
-    views:  {name: view}, all of one context and tokenizer.
+    views:  {name: view}, all of one context and tokenizer. Sidecars are weights for all that have one (the
+            others weigh 1), or reference losses, which every source then needs.
     stages: [(first sample, {name: weight})], the first at sample 0; a name left out weighs 0.
     Raises DatasetError for unknown names, unordered stages, views that do not go together.
     """
@@ -82,6 +88,7 @@ class Mixture(Samples):
         self.rows = sum(view.rows for view in self.views)
         self.context, self.text_bytes, self.narrow = first.context, first.text_bytes, first.narrow
         self.tokenizer_identity = first.tokenizer_identity
+        self.side_kind = self._side_kind()
         self._stages: list[_Stage] = []
         base = np.zeros(len(self.views), np.int64)
         for start, weights in stages:
@@ -104,12 +111,27 @@ class Mixture(Samples):
             if len(set(values.values())) > 1:
                 raise DatasetError(f"mixture: the sources differ in {what}: {values}")
         starts = [start for start, _ in stages]
+        for _, weights in stages:
+            if not isinstance(weights, Mapping):
+                raise DatasetError(f"mixture: weights {weights!r}: a mapping of sources to numbers is needed")
         if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
             raise DatasetError(f"mixture: stages must start at 0 and increase, got {starts}")
         for _, weights in stages:
             if unknown := set(weights) - set(self.names):
                 names = ", ".join(self.names)
                 raise DatasetError(f"mixture: unknown source {sorted(unknown)[0]!r}; the sources are {names}")
+
+    def _side_kind(self) -> str | None:
+        """Of every source's values. A loss of 0 where none was taken would pass for a perfect one."""
+        kinds = {name: view.side_kind for name, view in zip(self.names, self.views)}
+        if set(kinds.values()) <= {"weight", None}:
+            return "weight" if any(kinds.values()) else None
+        if set(kinds.values()) != {"loss"}:
+            raise DatasetError(
+                f"mixture: the kinds of the sources' sidecars do not go together: {kinds}. Give every "
+                "source one of losses, or weights or none"
+            )
+        return "loss"
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source number, its own sample number), int64 [b] each."""
@@ -141,7 +163,7 @@ def _scatter(parts: list[tuple[np.ndarray, Arrays]], b: int, C: int) -> Arrays:
     some = {key: any(getattr(a, key) is not None for _, a in parts) for key in ("lengths", "mask", "side")}
     lengths = np.full(b, C, np.int64) if some["lengths"] else None
     mask = np.ones((b, C), np.uint8) if some["mask"] else None
-    side = np.zeros((b, C), np.float32) if some["side"] else None
+    side = np.ones((b, C), np.float32) if some["side"] else None  # weights of the sources without any
     bounds = [np.array([b * C])]
     for at, one in parts:
         tokens[at] = one.tokens

@@ -72,7 +72,8 @@ class Selection:
         order = Permutation(split.documents, derive("byte budget", split.dataset.id, split.name))
         chosen: list[int] = []
         used = 0
-        while used < self.byte_budget:
+        # the table may count fewer bytes than the text has, where the tokenizer changes it
+        while used < self.byte_budget and len(chosen) < split.documents:
             at = np.arange(len(chosen), min(len(chosen) + 1024, split.documents))
             for document in order(at).tolist():
                 chosen.append(document)

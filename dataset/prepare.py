@@ -66,7 +66,7 @@ def prepare(
         report.counts.update({key: one.get(key, 0) for key in COUNTED})
         report.messages += [f"{one['name']}:{m['line']}: {m['message']}" for m in one.get("messages", ())]
     if task is None:
-        report.dataset = _finish(the_plan, receipts, report.counts, out)
+        report.dataset = _finish(the_plan, receipts, report, out)
     return report
 
 
@@ -90,13 +90,15 @@ def _claim(plan: Plan, out: Path) -> Dataset | None:
             f"{dataset.splits['train'].tokens:,} training tokens). Choose another --out, or delete it"
         )
     claim = out / WORK / "plan.json"
+    # Looked at before the claim is: what another task puts here meanwhile comes after its claim.
+    foreign = any(p.name != WORK and not p.name.endswith(TEMPORARY) for p in out.iterdir())
     if claim.exists():
         if read_json(claim)["plan"] != plan.digest:
             raise DatasetError(
                 f"{out}: an unfinished preparation with other inputs or options is there. Run it again as it "
                 "was, choose another --out, or delete that folder"
             )
-    elif any(p.name != WORK and not p.name.endswith(TEMPORARY) for p in out.iterdir()):
+    elif foreign:
         raise DatasetError(f"{out}: the folder is not empty and holds no dataset. Choose another --out")
     else:
         write_json(claim, {"plan": plan.digest})
@@ -145,12 +147,16 @@ def _run(plan: Plan, left: list[int], out: Path, workers: int, how: How, progres
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _finish(plan: Plan, receipts: list[dict[str, Any]], counts: Counter[str], out: Path) -> Dataset:
+def _finish(plan: Plan, receipts: list[dict[str, Any]], report: Report, out: Path) -> Dataset:
     """The manifest from all receipts in task order; then the working folder goes."""
+    counts = report.counts
     if not counts["documents"]:
-        shutil.rmtree(out / WORK, ignore_errors=True)  # nothing to go on from: let the next try be another
+        for mine in ("shards", WORK):  # nothing to go on from: let the next try be another
+            shutil.rmtree(out / mine, ignore_errors=True)
         reason = f"{counts['errors']} could not be read, {counts['empty']} were empty"
-        raise DatasetError(f"{out}: not one document was left to write ({reason})")
+        reason += f", {counts['dropped_by_length']} were dropped by length"
+        first = f". The first error: {report.messages[0]}" if report.messages else ""
+        raise DatasetError(f"{out}: not one document was left to write ({reason}){first}")
     for stale in out.rglob(f"*{TEMPORARY}"):  # of killed processes: all tasks are done
         stale.unlink(missing_ok=True)
     splits = {split: split_record([e for r in receipts for e in r["shards"][split]]) for split in SPLITS}

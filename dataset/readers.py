@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -18,10 +19,12 @@ from typing import Any, BinaryIO, NamedTuple
 import orjson
 
 from dataset.files import DatasetError, explain
-from dataset.sources import Input, is_remote
+from dataset.sources import COMPRESSED, Input, is_remote
 
 SNIFF = 8192  # a NUL byte within this many bytes means: not text
 PIECE = 2**20
+STEP = 2**17  # decompressed at once
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # Arrow's, which every library writes that closes a stream
 
 Seen = Callable[[bytes | memoryview], None]
 
@@ -52,53 +55,62 @@ class _Watched(io.RawIOBase):
         return len(data)
 
 
-class _Zstd(io.RawIOBase):
-    """Decompressed frames, one after another. The library's own reader takes a cut file for a whole one."""
+class _Pieces(io.RawIOBase):
+    """A readable stream of pieces of bytes: what comes before a damaged piece is read before the error."""
 
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self._raw, self._new = raw, zstandard.ZstdDecompressor().decompressobj
-        self._frame = self._new()
-        self._started = False
-        self._ready = memoryview(b"")
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces, self._ready = pieces, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            data = self._raw.read(2**17)
-            if not data:
-                if self._started:
-                    raise EOFError("the file ends inside a zstd frame")
+            piece = next(self._pieces, None)
+            if piece is None:
                 return 0
-            self._ready = memoryview(b"".join(self._feed(data)))
+            self._ready = memoryview(piece)
         n = min(len(buffer), len(self._ready))
         buffer[:n] = self._ready[:n]
         self._ready = self._ready[n:]
         return n
 
-    def _feed(self, data: bytes) -> Iterator[bytes]:
+
+def _zstd(raw: BinaryIO) -> Iterator[bytes]:
+    """Decompressed frames, one after another. The library's own reader takes a cut file for a whole one."""
+    import zstandard
+
+    new = zstandard.ZstdDecompressor().decompressobj
+    frame, started = new(), False
+    while data := raw.read(STEP):
         while data:
-            self._started = True
-            yield self._frame.decompress(data)
-            data = self._frame.unused_data
-            if self._frame.eof:
-                self._frame, self._started = self._new(), False
+            started = True
+            yield frame.decompress(data)
+            data = frame.unused_data
+            if frame.eof:
+                frame, started = new(), False
+    if started:
+        raise EOFError("the file ends inside a zstd frame")
 
 
-def _decompressed(name: str, raw: BinaryIO) -> BinaryIO:
-    name = name.lower()
-    if name.endswith((".gz", ".dz")):
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    if name.endswith(".xz"):
-        return lzma.LZMAFile(raw)  # type: ignore[return-value]
-    if name.endswith(".bz2"):
-        return bz2.BZ2File(raw)  # type: ignore[return-value]
+def _inflated(name: str, raw: io.BufferedReader) -> Iterator[bytes]:
+    """Decompressed pieces, for `name`'s ending. Raises what the libraries raise for damage."""
+    if not raw.peek(1):  # gzip and zstd pass it for an archive of nothing
+        raise EOFError("the file has no bytes, not even a header")
     if name.endswith(".zst"):
-        return io.BufferedReader(_Zstd(raw), PIECE)  # type: ignore[arg-type]
-    return raw
+        yield from _zstd(raw)
+        return
+    # read1, as a longer read that meets the damaged place would lose what it has read before it
+    opener: Any = lzma.open if name.endswith(".xz") else bz2.open if name.endswith(".bz2") else gzip.open
+    stream = opener(raw, "rb")
+    yield from iter(lambda: stream.read1(STEP), b"")
+
+
+def _decompressed(name: str, raw: Any) -> Any:  # both are io.BufferedReader, generic in newer stubs
+    name = name.lower()
+    if not name.endswith(COMPRESSED):
+        return raw
+    return io.BufferedReader(_Pieces(_inflated(name, raw)), PIECE)
 
 
 @contextlib.contextmanager
@@ -153,9 +165,8 @@ def _text(stream: BinaryIO) -> Iterator[Document | Damage]:
 
 def _lines(stream: BinaryIO, field: str) -> Iterator[Document | Damage]:
     number = 0
-    lines = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream, PIECE)  # type: ignore[type-var]
     try:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(stream, 1):
             if line.strip():
                 yield _line(line, number, field)
     except Exception as error:  # a cut or damaged archive: what came before it is kept
@@ -191,22 +202,40 @@ def _parquet(file: BinaryIO, field: str) -> Iterator[Any]:
 
 
 def _arrow(file: BinaryIO, field: str) -> Iterator[Any]:
-    """The stream format that Hugging Face `datasets` saves, or the file format."""
+    """The stream format that Hugging Face `datasets` saves, or the file format.
+
+    A stream whose writer was killed between two batches has no other sign of it than the missing end mark.
+    """
     import pyarrow.ipc
 
+    stream = True
     try:
         batches: Any = pyarrow.ipc.open_stream(file)
         schema = batches.schema
     except pyarrow.ArrowInvalid:
         file.seek(0)
+        stream = False
         whole = pyarrow.ipc.open_file(file)
         schema, batches = whole.schema, (whole.get_batch(i) for i in range(whole.num_record_batches))
     _check_column(field, schema.names)
     for batch in batches:
         yield batch.column(schema.names.index(field))
+    if stream:
+        file.seek(-len(END_OF_STREAM), os.SEEK_END)
+        if file.read() != END_OF_STREAM:
+            raise EOFError("the stream has no end mark; its writer was stopped, or the file is cut")
 
 
 TABLES = {"parquet": _parquet, "arrow": _arrow}
+
+
+def table_rows(source: Input, field: str) -> int:
+    """Rows of a parquet or Arrow file, as far as it can be read."""
+    rows = 0
+    with _opened(source) as file, contextlib.suppress(Exception):  # pyarrow's own, for every kind of damage
+        for column in TABLES[source.kind](file, field):
+            rows += len(column)
+    return rows
 
 
 def _check_column(field: str, names: list[str]) -> None:

@@ -11,6 +11,7 @@ used, and fetched anew if it has changed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
@@ -19,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
-from dataset.files import TEMPORARY, DatasetError, Hasher, block_hashes, digest, explain, writing
+from dataset.files import TEMPORARY, DatasetError, Hasher, abandoned, block_hashes, digest, explain, writing
 from dataset.format import KINDS, Dataset, Shard, check_tokenizer, map_file, read_manifest
 
 LIMIT = 64 * 2**30
@@ -97,7 +97,7 @@ class ShardCache:
         self._lock = threading.RLock()
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"*{TEMPORARY}"):  # what a killed run left half written
-            if not psutil.pid_exists(int(path.suffixes[-2][1:])):
+            if abandoned(path):
                 path.unlink(missing_ok=True)
 
     def array(self, name: str, record: dict[str, Any], dtype: np.dtype) -> np.ndarray:
@@ -109,8 +109,9 @@ class ShardCache:
             path = self.folder / name
             if not (path.is_file() and self._sound(path, record)):
                 self._fetch(path, record)
-            os.utime(path)
             made = self._maps[name] = map_file(path, dtype)
+            with contextlib.suppress(FileNotFoundError):  # another process made room; the map is whole
+                os.utime(path)
             return made
 
     def _sound(self, path: Path, record: dict[str, Any]) -> bool:
@@ -177,6 +178,15 @@ class RemoteShard(Shard):
                 yield str(error)
 
 
+def _limit() -> int:
+    text = os.environ.get("LATENT_LAB_CACHE_BYTES", str(LIMIT))
+    if not text.isdecimal():
+        raise DatasetError(
+            f"LATENT_LAB_CACHE_BYTES={text!r}: a whole number of bytes is needed, such as {LIMIT}"
+        )
+    return int(text)
+
+
 def open_remote(
     url: str, check: str = "auto", cache: Path | None = None, limit: int | None = None
 ) -> Dataset:
@@ -187,7 +197,7 @@ def open_remote(
     """
     remote = Remote(url)
     top = cache or Path(os.environ.get("LATENT_LAB_CACHE", "~/.cache/latent-lab/datasets")).expanduser()
-    limit = int(os.environ.get("LATENT_LAB_CACHE_BYTES", LIMIT)) if limit is None else limit
+    limit = _limit() if limit is None else limit
     if "manifest.json" not in remote.sizes(""):
         raise DatasetError(f"{url}: no dataset here (no manifest.json). Copy a prepared dataset there whole")
     folder = top / digest(remote.url.encode())[:16]

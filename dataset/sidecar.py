@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from dataset.files import DatasetError, Hasher, canonical, digest, read_json, write_bytes, write_json
+from dataset.files import (
+    DatasetError,
+    Hasher,
+    block_hashes,
+    canonical,
+    digest,
+    read_json,
+    write_bytes,
+    write_json,
+)
 from dataset.format import KINDS, Dataset, Shard, map_file
 
 KINDS_OF_VALUE = ("loss", "weight")
@@ -106,3 +115,19 @@ class SidecarWriter:
         record = {"dataset": self.dataset.id, "kind": self.kind, "reference": self.reference, "shards": done}
         write_json(self.folder / "sidecar.json", record)
         return self.folder
+
+
+def sidecar_faults(dataset: Dataset) -> list[str]:
+    """One sentence for every damaged or missing file of the dataset's finished sidecars."""
+    faults = []
+    for record in sorted((dataset.path / "sidecars").glob("*/sidecar.json")):
+        for name, hashes in read_json(record)["shards"].items():
+            path = record.parent / f"{name}.wgt"
+            try:
+                found = map_file(path, np.dtype("u1"), in_order=True)
+            except DatasetError as error:
+                faults.append(str(error))
+                continue
+            if len(found) != hashes["bytes"] or block_hashes(found.data) != hashes["blocks"]:
+                faults.append(f"{path}: damaged. Delete the folder {record.parent}, and score again")
+    return faults

@@ -133,15 +133,33 @@ def _included(name: str, options: ReadOptions) -> bool:
 
 
 def _walk(root: Path, skip: frozenset[str]) -> Iterator[tuple[Path, str]]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if f not in skip and not f.startswith("."))
-        for name in sorted(names):
-            path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
-                yield path, path.relative_to(root).as_posix()
+    """Files below `root`, each folder once: links come last, those that lead back up not at all."""
+
+    def refuse(error: OSError) -> None:  # os.walk would leave the folder out
+        raise explain(error, error.filename or root) from error
+
+    tops, seen = [root], set()
+    for top in tops:
+        for folder, folders, names in os.walk(top, onerror=refuse):
+            here = Path(folder).resolve()
+            folders[:] = sorted(f for f in folders if f not in skip and not f.startswith("."))
+            if here in seen:
+                folders.clear()
+                continue
+            seen.add(here)
+            links = [Path(folder, f) for f in folders if Path(folder, f).is_symlink()]
+            tops += [link for link in links if not here.is_relative_to(link.resolve())]
+            for name in sorted(names):
+                path = Path(folder, name)
+                if not name.startswith(".") and path.is_file():
+                    yield path, path.relative_to(root).as_posix()
 
 
 def _input(path: Path, name: str, options: ReadOptions) -> Input:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DatasetError(f"{str(path)!r}: the file's name is not UTF-8. Rename it") from None
     try:
         return Input(str(path), name, options.kind or kind_of(name), path.stat().st_size)
     except OSError as error:

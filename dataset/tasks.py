@@ -224,12 +224,13 @@ def write(
     Raises DatasetError when `out` holds something else; made again with the same options, it is left alone.
     """
     tasks = [parse(spec) for spec in specs]
-    if samples < 1 or heldout < 1:
-        raise DatasetError("--samples and --heldout-samples must be at least 1")
+    if samples < 1 or heldout < 1 or seed < 0:
+        raise DatasetError("--samples and --heldout-samples must be at least 1, --seed at least 0")
     options = [vars(task) for task in tasks]
     identity: dict[str, Any] = {"tasks": list(specs), "options": options, "seed": seed}
     identity |= {"samples": samples, "heldout": heldout}
-    plan = digest(canonical({**identity, "tokenizer": tokenizer.identity}))
+    recipe = canonical({**identity, "tokenizer": tokenizer.identity})
+    plan = digest(recipe)
     if (out / "manifest.json").is_file() and (found := open_dataset(out)).manifest.get("plan") == plan:
         return found
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -242,7 +243,7 @@ def write(
             for split, n in {"train": samples, "heldout": heldout}.items()
         }
         counts = {key: sum(s.get(key, 0) for s in splits.values()) for key in COUNTED}
-        write_bytes(tmp / "sources.jsonl", canonical(identity) + b"\n")
+        write_bytes(tmp / "sources.jsonl", recipe)  # without a line's end: its hash is the plan's digest
         write_manifest(
             tmp,
             {

@@ -51,6 +51,7 @@ class Tokenizer:
     rows:      int64 [vocab], row of each id in the pretrained embedding table; None when ids are rows.
     identity:  "blake3:..." over the JSON, the EOS id and the rows; datasets and checkpoints store it.
     exact:     decode(encode(text)) == text for all text made of `missing`-free bytes.
+    byte_level: ids are spelled in GPT-2's letters, one a byte; not exact where the text is changed before.
     """
 
     def __init__(self, source: bytes, meta: dict[str, Any], rows: np.ndarray | None = None) -> None:
@@ -58,7 +59,7 @@ class Tokenizer:
         self.name: str = meta["name"]
         self.eos_id: int = meta["eos_id"]
         self._backend: Any = None  # the library's tokenizer; bytes need none
-        self.exact = True
+        self.exact, self.byte_level = True, False
         spec = json.loads(source)
         self.is_bytes = spec.get("type") == "bytes"
         if self.is_bytes:
@@ -83,8 +84,11 @@ class Tokenizer:
         self._backend.no_padding()
         self.vocab = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.specials = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t.get("special")}
-        decoder = json.dumps(spec.get("decoder") or {})
-        self.exact = '"ByteLevel"' in decoder and spec.get("normalizer") is None
+        self.byte_level = '"ByteLevel"' in json.dumps(spec.get("decoder"))
+        # a normalizer rewrites text (Qwen's NFC), a prefix space is put before it
+        spaced = '"add_prefix_space": true' in json.dumps(spec.get("pre_tokenizer"))
+        self.exact = self.byte_level and spec.get("normalizer") is None and not spaced
+        self._ordinary = {t["content"] for t in spec.get("added_tokens", []) if not t.get("special")}
         control = set(self.specials.values())
         for text in self.specials:
             if control & set(self._backend.encode(text, add_special_tokens=False).ids):
@@ -150,25 +154,25 @@ class Tokenizer:
         if self._backend is None:
             return [bytes([i]) for i in range(256)] + [b""] * (BYTES_VOCAB - 256)
         table = [b""] * self.vocab
-        letters = _byte_letters() if self.exact else {}
+        letters = _byte_letters() if self.byte_level else {}
         control = set(self.specials.values())
         for text, i in self._backend.get_vocab(with_added_tokens=True).items():
-            if i not in control:
-                table[i] = _piece(text, letters)
+            if i not in control:  # an added token of a byte-level vocabulary is spelled as it is
+                table[i] = text.encode() if letters and text in self._ordinary else _piece(text, letters)
         return table
 
     @cached_property
     def bytes_per_token(self) -> np.ndarray:
         """int32 [vocab]: UTF-8 text bytes each id stands for; 0 for EOS and other control ids.
 
-        For tokenizers that are not `exact` (sentence-piece style) the count is that of the piece.
+        Where text is changed before it is cut (`exact` is false) the count is that of the changed text.
         """
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
     @cached_property
     def missing(self) -> bytes:
         """Bytes without a token of their own, among those that valid UTF-8 can hold."""
-        if not self.exact or self.is_bytes:
+        if not self.byte_level:
             return b""
         have = {piece[0] for piece in self.pieces if len(piece) == 1}
         possible = set(range(0x80)) | set(range(0x80, 0xC0)) | set(range(0xC2, 0xF5))
@@ -209,7 +213,7 @@ def _piece(text: str, letters: dict[str, int]) -> bytes:
         try:
             return bytes([letters[c] for c in text])
         except KeyError:
-            return text.encode()  # an ordinary added token, spelled as it is
+            return text.encode()  # not written in the letters: it stands for itself
     if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
         return bytes([int(text[3:5], 16)])
     return text.replace("▁", " ").encode()
@@ -222,6 +226,7 @@ def make(name: str, merges: int | None = None, eos: str | None = None) -> Tokeni
     """`bytes`, `smollm2-135m-instruct`, a tokenizer.json, a folder with one, or a saved Tokenizer folder.
 
     merges: cut a BPE to its first `merges` merges. eos: text of the document mark, when it is not obvious.
+    What is changed in a saved folder keeps its rows and, unless another is named, its document mark.
     Raises DatasetError for unknown names, missing packages and impossible cuts.
     """
     if name == "bytes":
@@ -235,18 +240,22 @@ def make(name: str, merges: int | None = None, eos: str | None = None) -> Tokeni
             "library": "latent-lab bytes 1",
         }
         return Tokenizer(note, meta)
+    rows = None
     if name == SMOLLM2:
         spec, eos = smollm2_spec(), eos or "<|endoftext|>"
     else:
         path = Path(name)
-        if merges is None and eos is None and (path / "meta.json").is_file():
-            return Tokenizer.load(path)
         spec = _read_spec(path)
         if spec.get("type") == "bytes":
             return make("bytes", merges)
-    rows = None
+        if (path / "meta.json").is_file():
+            saved = Tokenizer.load(path)
+            if merges is None and eos is None:
+                return saved
+            rows, eos = saved.rows, eos or saved.meta.get("eos")
     if merges is not None:
-        spec, rows = cut(spec, merges, name)
+        spec, kept = cut(spec, merges, name)
+        rows = kept if rows is None else rows[kept]
     meta = {"name": Path(name).name, "library": library_version("tokenizers"), "merges": merges}
     return Tokenizer(canonical(spec), meta | _find_eos(spec, eos, name), rows)
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dataset.files import DatasetError, canonical
+from dataset.files import DatasetError, canonical, require_empty
 from dataset.readers import Document, read
 from dataset.sources import ReadOptions, find_all
 from dataset.tokenizers import Tokenizer, library_version
@@ -35,8 +35,7 @@ def train(
     """
     if not SMALLEST <= vocab <= 2**20:
         raise DatasetError(f"--vocab {vocab}: allowed are {SMALLEST} (bytes and specials) to {2**20:,}")
-    if out.exists() and any(out.iterdir()):
-        raise DatasetError(f"{out}: the folder is not empty. Choose another --out")
+    require_empty(out)
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Backend
 
@@ -88,8 +87,8 @@ class _Texts:
                 if taken >= share:
                     break
                 if isinstance(item, Document) and item.text:
-                    text = item.text[: share - taken]
-                    taken += len(text.encode(errors="replace"))
-                    yield text
+                    data = item.text[: share - taken].encode(errors="replace")  # halves of surrogate pairs
+                    taken += len(data)
+                    yield data.decode()
             self.read += taken
             self._progress(min(self.read, total), total)

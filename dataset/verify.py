@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from dataset.files import DatasetError, digest, explain
-from dataset.format import Dataset, map_file, open_dataset
+from dataset.format import Dataset, load_tokenizer, map_file, open_dataset
+from dataset.sidecar import sidecar_faults
 
 
 def verify(path: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
-    """Hash every block of every shard; check lengths against ids. One sentence for every fault found.
+    """Hash every block of every shard and finished sidecar; check lengths against ids. One sentence for
+    every fault found.
 
     Raises DatasetError when the dataset cannot even be opened by sizes.
     """
@@ -29,14 +31,17 @@ def verify(path: Path, progress: Callable[[int, int], None] = lambda done, total
             faults += _inconsistent(shard, data)
         done += sum(r["bytes"] for r in shard.entry["files"].values())
         progress(done, total)
+    sources = data.path / "sources.jsonl"  # of a remote dataset the copy
     try:
-        if digest((path / "sources.jsonl").read_bytes()) != data.manifest["inputs"]["blake3"]:
-            faults.append(f"{path / 'sources.jsonl'}: differs from what was written")
+        if digest(sources.read_bytes()) != data.manifest["inputs"]["blake3"]:
+            faults.append(f"{sources}: differs from what was written")
     except OSError as error:
-        faults.append(str(explain(error, path / "sources.jsonl")))
-    if data.tokenizer.identity != data.tokenizer_identity:  # load_tokenizer raises first; kept as a guard
-        faults.append(f"{path / 'tokenizer'}: another tokenizer")
-    return faults
+        faults.append(str(explain(error, sources)))
+    try:
+        load_tokenizer(data.path, data.manifest)
+    except DatasetError as error:
+        faults.append(str(error))
+    return faults + sidecar_faults(data)
 
 
 def _inconsistent(shard, data: Dataset) -> list[str]:
@@ -102,5 +107,6 @@ def decode(path: Path, split: str, document: int, tokens: tuple[int, int] | None
         ids = data.splits[split].document(document)
     except IndexError:
         count = data.splits[split].documents
-        raise DatasetError(f"{path}: no document {document} in {split!r}; it has 0..{count - 1}") from None
+        has = f"0..{count - 1}" if count else "none"
+        raise DatasetError(f"{path}: no document {document} in {split!r}; it has {has}") from None
     return data.tokenizer.decode(ids[slice(*tokens)] if tokens else ids)

@@ -75,7 +75,8 @@ class Samples(ABC):
         return to_torch(self.step_arrays(step, global_batch, rank, world), self)
 
     def epoch(self, batch: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Every row exactly once over all ranks, the last batches smaller: for evaluation."""
+        """The first `rows` samples over all ranks, the last batches smaller: of a view every row exactly
+        once, for evaluation."""
         from dataset.loader import to_torch
 
         mine = np.arange(rank, self.rows, world, dtype=np.int64)
@@ -114,14 +115,15 @@ class View(Samples):
         max_tokens: int = 0,
         byte_budget: int = 0,
     ) -> None:
-        if context < 1:
-            raise DatasetError(f"context {context}: at least 1 id a row is needed")
-        if packing not in PLANNERS:
+        if packing not in list(PLANNERS):  # of a list, so that what has no hash is refused too
             raise DatasetError(f"packing {packing!r}: allowed are {', '.join(sorted(PLANNERS))}")
         if shuffle not in SHUFFLES:
             raise DatasetError(f"shuffle {shuffle!r}: allowed are True, False, 'block'")
-        if min(min_tokens, max_tokens, byte_budget) < 0:
-            raise DatasetError("min_tokens, max_tokens and byte_budget must not be negative")
+        chosen = {"min_tokens": min_tokens, "max_tokens": max_tokens, "byte_budget": byte_budget}
+        for name, value in {"context": context, **chosen}.items():
+            least = 1 if name == "context" else 0
+            if type(value) is not int or value < least:
+                raise DatasetError(f"{name} {value!r}: a whole number, at least {least}, is needed")
         self.dataset, self.context, self.seed = dataset, context, seed
         self.shuffle: bool | str = True if shuffle == "rows" else shuffle
         self.split = _split(dataset, split)
@@ -191,11 +193,11 @@ class LengthSchedule(Samples):
         if not steps or steps[0] != 0 or sorted(set(steps)) != steps:
             raise DatasetError(f"length schedule: stages must start at step 0 and increase, got {steps}")
         for _, context in stages:
-            if context < 1 or view.context % context:
+            if type(context) is not int or context < 1 or view.context % context:
                 raise DatasetError(
-                    f"length schedule: context {context} does not divide the view's {view.context}"
+                    f"length schedule: context {context!r} does not divide the view's {view.context}"
                 )
-        self._view, self._stages = view, [(int(s), int(c)) for s, c in stages]
+        self._view, self._stages = view, list(stages)
         self.context, self.rows = view.context, view.rows
         self.text_bytes, self.narrow, self.side_kind = view.text_bytes, view.narrow, view.side_kind
         self.tokenizer_identity = view.tokenizer_identity

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from dataset.files import TEMPORARY, Hasher, explain, sync_folder
+from dataset.files import DatasetError, Hasher, explain, sync_folder, temporary_name
 from dataset.format import DTYPES, KINDS
 
-SHARD_BYTES = 2**30  # of .tok; `.end` is u32, so a shard must stay below 2^32 ids
-BUFFER_DOCUMENTS = 4096
+SHARD_BYTES = 2**30  # of .tok
+MOST_IDS = 2**32 - 1  # of a shard: `.end` is u32
+BUFFER_DOCUMENTS, BUFFER_IDS = 4096, 2**22  # kept in memory at most: of short documents, of long ones
 
 
 class ShardWriter:
@@ -25,7 +26,7 @@ class ShardWriter:
         self, folder: Path, stem: str, dtype: str, shard_bytes: int = SHARD_BYTES, masks: bool = False
     ) -> None:
         self._folder, self._stem, self._dtype = folder, stem, DTYPES[dtype]
-        self._limit = shard_bytes // self._dtype.itemsize
+        self._limit = min(shard_bytes // self._dtype.itemsize, MOST_IDS)
         self._kinds = ["tok", "msk"] if masks else ["tok"]
         self.entries: list[dict[str, Any]] = []
         self._start()
@@ -34,14 +35,22 @@ class ShardWriter:
         self._files: dict[str, tuple[Any, Hasher]] = {}
         self._pending: dict[str, list[np.ndarray]] = {kind: [] for kind in self._kinds}
         self._lengths: list[int] = []
-        self._tokens = self._text_bytes = 0
+        self._tokens = self._text_bytes = self._waiting = 0
 
     @property
     def _name(self) -> str:
         return f"{self._stem}-{len(self.entries):03d}"
 
     def add(self, ids: np.ndarray, text_bytes: int, mask: np.ndarray | None = None) -> None:
-        """One document with its EOS; the array is kept. mask: u8, 1:1 with ids, of a writer with masks."""
+        """One document with its EOS; the array is kept. mask: u8, 1:1 with ids, of a writer with masks.
+
+        Raises DatasetError for a document too long for any shard.
+        """
+        if len(ids) > MOST_IDS:
+            raise DatasetError(
+                f"{self._folder / self._name}: a document of {len(ids):,} ids; a shard holds {MOST_IDS:,}. A "
+                "text file is one document: cut it, or write its parts as lines of a .jsonl"
+            )
         if self._lengths and self._tokens + len(ids) > self._limit:
             self._finish()
         self._pending["tok"].append(ids.astype(self._dtype, copy=False))
@@ -52,11 +61,12 @@ class ShardWriter:
         self._lengths.append(len(ids))
         self._tokens += len(ids)
         self._text_bytes += text_bytes
-        if len(self._pending["tok"]) >= BUFFER_DOCUMENTS:
+        self._waiting += len(ids)
+        if len(self._pending["tok"]) >= BUFFER_DOCUMENTS or self._waiting >= BUFFER_IDS:
             self._flush()
 
     def _temporary(self, kind: str) -> Path:
-        return self._folder / f"{self._name}.{kind}.{os.getpid()}{TEMPORARY}"
+        return temporary_name(self._folder / f"{self._name}.{kind}")
 
     def _write(self, kind: str, data: np.ndarray) -> None:
         path = self._temporary(kind)
@@ -74,6 +84,7 @@ class ShardWriter:
             if parts:
                 self._write(kind, np.concatenate(parts))
                 parts.clear()
+        self._waiting = 0
 
     def _finish(self) -> None:
         self._flush()

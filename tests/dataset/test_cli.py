@@ -1,11 +1,15 @@
 """The command line: what it prints, and exit code 2 with one clear line for every user error."""
 
 import errno
+import gzip
 import json
 import os
 import subprocess
 import sys
 
+import numpy as np
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 
 import dataset
@@ -66,6 +70,32 @@ def test_dry_run_extrapolates_what_prepare_counts(corpus, tmp_path):
     assert found["disk_bytes"] == stored
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet", "a.arrow"])
+def test_dry_run_of_one_input_larger_than_its_share(tmp_path, monkeypatch, name):
+    """The part that is read stands for the rest; where it stops is no damage."""
+    from dataset import estimate
+    from dataset.plan import Request
+
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(500).hex() for _ in range(4000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if name.endswith(("parquet", "arrow")):
+        table = pyarrow.table({"text": texts})
+        with pyarrow.OSFile(str(tmp_path / name), "wb") as file:
+            if name == "a.parquet":
+                pyarrow.parquet.write_table(table, file)
+            else:
+                with pyarrow.ipc.new_stream(file, table.schema) as writer:
+                    writer.write_table(table, max_chunksize=100)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(lines, 1) if name.endswith("gz") else lines)
+    monkeypatch.setattr(estimate, "SAMPLE_BYTES", 1)  # a share is then 1 MiB
+    found = estimate.estimate(Request((str(tmp_path / name),)))
+    tokens, documents = (len(lines) + 1, 1) if name == "a.txt" else (1001 * 4000, 4000)
+    assert found["errors"] == 0 and found["tokens"] == pytest.approx(tokens, rel=0.02)
+    assert found["documents"] == pytest.approx(documents, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -78,8 +108,23 @@ def test_dry_run_extrapolates_what_prepare_counts(corpus, tmp_path):
         (["prepare", "--source", "{corpus}", "--out", "{corpus}"], "not empty"),
         (["verify", "{tmp}/nothing"], "no dataset here"),
         (["decode", "{data}", "--document", "999999"], "no document 999999"),
+        (["decode", "{data}", "--document", "-1"], "no document -1 in 'train'; it has 0.."),
         (["decode", "{data}", "--split", "test"], "no split"),
         (["train-tokenizer", "--source", "{corpus}", "--vocab", "9", "--out", "{tmp}/t"], "allowed are"),
+        (
+            [
+                "train-tokenizer",
+                "--source",
+                "{corpus}",
+                "--vocab",
+                "300",
+                "--sample-mb",
+                "nan",
+                "--out",
+                "{tmp}/t",
+            ],
+            "above 0",
+        ),
         (["import", "megatron", "{tmp}/m", "--tokenizer", "bytes", "--out", "{tmp}/i"], "no such file"),
         (["export", "megatron", "{data}", "--split", "x", "--out", "{tmp}/e"], "holds no documents"),
     ],
@@ -134,7 +179,16 @@ def refusing(part, number):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--task", "3/3"], ["--task", "x"], ["--shard-bytes", "many"], ["--dtype", "u8"]]
+    "argv",
+    [
+        ["--task", "3/3"],
+        ["--task", "x"],
+        ["--shard-bytes", "many"],
+        ["--shard-bytes", "infG"],
+        ["--dtype", "u8"],
+        ["--workers", "0", "--dry-run"],
+        ["--workers", "-2"],
+    ],
 )
 def test_malformed_options_exit_2(argv, corpus, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

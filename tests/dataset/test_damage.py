@@ -9,6 +9,7 @@ import pytest
 import dataset
 from dataset import files
 from dataset.files import DatasetError
+from dataset.sidecar import SidecarWriter
 from dataset.verify import verify
 
 
@@ -72,6 +73,35 @@ def test_truncated_missing_and_swapped_shards_are_refused(copy):
     shards[0].write_bytes(shards[1].read_bytes()[: len(whole)].ljust(len(whole), b"\0"))
     with pytest.raises(DatasetError, match="damaged"):
         dataset.open(copy)
+
+
+def test_a_damaged_sidecar_is_found(copy, byte_data):
+    data = dataset.open(copy)
+    shards = data.splits["train"].shards
+    side = SidecarWriter(data, {"name": "damage"})
+    for shard in shards:
+        side.write(shard, np.ones(shard.tokens))
+    side.finish(shards)
+    assert verify(copy) == []
+    flip(side.folder / f"{shards[1].name}.wgt", 3)
+    (side.folder / f"{shards[2].name}.wgt").unlink()
+    first, second = verify(copy)
+    assert f"{shards[1].name}.wgt: damaged" in first and f"{shards[2].name}.wgt" in second
+
+
+def test_processes_of_two_machines_with_one_number_do_not_meet(tmp_path, monkeypatch):
+    """In containers process ids repeat, and the folder may be shared."""
+    with files.writing(tmp_path / "a") as mine:
+        mine.write(b"first")
+        with monkeypatch.context() as patch:
+            patch.setattr("platform.node", lambda: "other")
+            with files.writing(tmp_path / "a") as theirs:
+                theirs.write(b"second")
+        assert (tmp_path / "a").read_bytes() == b"second"
+    assert (tmp_path / "a").read_bytes() == b"first"
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DatasetError, match="file/x"), files.writing(tmp_path / "file" / "x"):
+        pass
 
 
 def test_manifest_edited_by_hand_is_refused(copy):

@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -88,6 +90,41 @@ def test_text_and_code_files_are_documents(tmp_path):
     assert [d.text for d in documents(tmp_path / "src", include=("*.py",))] == ["# a.py\n"]
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    for folder in ("far/sub", "src"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "far" / "sub" / "b.txt").write_text("b")
+    (tmp_path / "src" / "a.txt").write_text("a")
+    (tmp_path / "src" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "src" / "again").symlink_to(tmp_path / "far" / "sub")  # once is enough
+    (tmp_path / "far" / "sub" / "back").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "up").symlink_to(tmp_path)
+    inputs, _ = find(str(tmp_path / "src"), ReadOptions())
+    assert [i.name for i in inputs] == ["src/a.txt", "src/again/b.txt"]
+
+
+def test_what_cannot_be_listed_or_named_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "src" / "locked").mkdir(parents=True)
+    (tmp_path / "src" / "a.txt").write_text("a")
+    real = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        with pytest.raises(DatasetError, match="locked: not permitted"):
+            find(str(tmp_path / "src"), ReadOptions())
+    try:
+        (tmp_path / "src" / os.fsdecode(b"\xff.txt")).write_text("b")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    with pytest.raises(DatasetError, match="not UTF-8"):
+        find(str(tmp_path / "src"), ReadOptions())
+
+
 def test_nested_folders_as_dclm_lays_them_out(tmp_path):
     for i in range(2):
         for j in range(2):
@@ -117,6 +154,40 @@ def test_cut_files_keep_what_came_before_and_report(tmp_path, name):
     found = documents(tmp_path / name)
     assert isinstance(found[-1], Damage) and "further" in found[-1].message
     assert all(isinstance(d, Document) and d.text in TEXTS for d in found[:-1])
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"), [("gz", gzip.compress), ("xz", lzma.compress), ("zst", zstandard.compress)]
+)
+def test_all_whole_lines_before_a_cut_are_kept(tmp_path, ending, compress):
+    """However the libraries buffer: a line is lost only with the bytes it is made of."""
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(30).hex() for _ in range(3000)]
+    whole = compress(jsonl(texts))
+    (tmp_path / f"a.jsonl.{ending}").write_bytes(whole[: len(whole) * 2 // 3])
+    *kept, damage = documents(tmp_path / f"a.jsonl.{ending}")
+    assert isinstance(damage, Damage) and damage.line == len(kept) + 1
+    assert [d.text for d in kept] == texts[: len(kept)] and len(kept) > 1500
+
+
+def test_an_arrow_stream_cut_anywhere_is_reported(tmp_path):
+    """Between two batches too, where pyarrow's reader takes what is there for the whole."""
+    whole = arrow_stream()
+    for size in range(0, len(whole), 8):
+        (tmp_path / "a.arrow").write_bytes(whole[:size])
+        *kept, damage = documents(tmp_path / "a.arrow")
+        assert isinstance(damage, Damage) and [d.text for d in kept] == TEXTS[: len(kept)], size
+    assert len(kept) == len(TEXTS)  # at the last cut the end mark alone is missing
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst", "xz", "bz2"])
+def test_an_archive_of_no_bytes_is_damage(tmp_path, ending):
+    for name in (f"a.jsonl.{ending}", f"a.txt.{ending}"):
+        (tmp_path / name).write_bytes(b"")
+        (found,) = documents(tmp_path / name)
+        assert isinstance(found, Damage) and "no bytes" in found.message
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(jsonl(["a"])) + b"something else")
+    assert [type(d) for d in documents(tmp_path / "b.jsonl.zst")] == [Document, Damage]
 
 
 def test_missing_column_names_the_columns(tmp_path):
@@ -192,6 +263,37 @@ def test_import_refuses_ids_outside_the_vocabulary_and_cut_files(byte_data, tmp_
     (tmp_path / "y.idx").write_bytes(b"something else entirely" * 3)
     with pytest.raises(DatasetError, match="not a Megatron index"):
         exchange.import_corpus("megatron", [tmp_path / "y"], make("bytes"), tmp_path / "o4")
+
+
+def test_indices_that_are_cut_or_leave_something_out_are_refused(byte_data, tmp_path):
+    exchange.export_corpus("megatron", byte_data, "train", tmp_path / "x")
+    exchange.export_corpus("datatrove", byte_data, "train", tmp_path / "y")
+    index, ends = (tmp_path / "x.idx").read_bytes(), (tmp_path / "y.ds.index").read_bytes()
+    n = byte_data.splits["train"].documents
+    fewer = index[:26] + (n).to_bytes(8, "little") + index[34:-8]  # the last document is in none
+
+    def refused(kind, name, message):
+        with pytest.raises(DatasetError, match=message):
+            exchange.import_corpus(kind, [tmp_path / name], make("bytes"), tmp_path / "out")
+        assert not (tmp_path / "out").exists()  # so that the next try may have the same --out
+
+    for damaged, message in ((index[:20], "header"), (index[:100], "cut off"), (fewer, "not all of its")):
+        (tmp_path / "x.idx").write_bytes(damaged)
+        refused("megatron", "x", message)
+    for damaged in (ends[:-3], ends[:8] + ends[16:24] + ends[8:]):
+        (tmp_path / "y.ds.index").write_bytes(damaged)
+        refused("datatrove", "y.ds", "no list of document ends")
+
+
+def test_import_and_export_refuse_what_they_cannot_do(byte_data, tmp_path):
+    exchange.export_corpus("datatrove", byte_data, "train", tmp_path / "y")
+    (tmp_path / "file").write_text("mine")
+    for out, heldout, message in (("a", 2.0, "fraction"), ("file", 0.0, "a file, or a folder")):
+        with pytest.raises(DatasetError, match=message):
+            exchange.import_corpus("datatrove", [tmp_path / "y.ds"], make("bytes"), tmp_path / out, heldout)
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "a").exists()
+    with pytest.raises(DatasetError, match="a prefix of file names"):
+        exchange.export_corpus("megatron", byte_data, "train", Path("."))
 
 
 def test_import_adds_missing_eos_and_holds_out(byte_data, tmp_path):

@@ -10,6 +10,7 @@ import dataset
 from dataset.files import DatasetError
 from dataset.mixture import Mixture, integer_weights
 from dataset.order import BlockPermutation, chairman
+from dataset.sidecar import SidecarWriter
 from dataset.views import LengthSchedule
 
 
@@ -104,6 +105,11 @@ def test_mixture_is_the_same_at_any_world_size(two):
         ([(0, {"a": 1}), (0, {"b": 1})], "increase"),
         ([(0, {"a": 0})], "positive"),
         ([(0, {"a": -1, "b": 3})], "positive"),
+        ([(0, {"a": "x"})], "want numbers"),
+        ([(0, {"a": None})], "want numbers"),
+        ([(0, {"a": float("nan")})], "want numbers"),
+        ([(0, {"a": float("inf"), "b": 1})], "want numbers"),
+        ([(0, [1, 2])], "mapping of sources"),
     ],
 )
 def test_bad_mixtures_say_what_is_wrong(two, stages, message):
@@ -114,6 +120,37 @@ def test_bad_mixtures_say_what_is_wrong(two, stages, message):
 def test_sources_of_other_contexts_are_refused(byte_data, two):
     with pytest.raises(DatasetError, match="differ in context"):
         Mixture({**two, "c": byte_data.view(context=16)}, [(0, {"a": 1})])
+
+
+@pytest.fixture
+def sided(byte_data):
+    """Views of the two kinds of sidecars."""
+    views = {}
+    for kind in ("weight", "loss"):
+        writer = SidecarWriter(byte_data, {"name": kind}, kind)
+        shards = byte_data.splits["train"].shards
+        for shard in shards:
+            writer.write(shard, np.full(shard.tokens, 0.5))
+        writer.finish(shards)
+        views[kind] = byte_data.view(context=32, seed=1, sidecar=writer.name)
+    return views
+
+
+def test_weights_of_one_source_weigh_there_alone(two, sided):
+    mixture = Mixture({"a": sided["weight"], "b": two["a"]}, [(0, {"a": 1, "b": 1})])
+    batch = mixture.batch(0, 4)
+    assert batch.sidecar is None
+    assert sorted(batch.weights.mean(1).tolist()) == [0.5, 0.5, 1, 1]
+    alone = Mixture({"a": sided["weight"], "b": two["a"]}, [(0, {"a": 1})]).batch(0, 4)
+    assert torch.equal(alone.weights, sided["weight"].batch(0, 4).weights)
+
+
+def test_reference_losses_are_needed_of_every_source(two, sided):
+    both = Mixture({"a": sided["loss"], "b": sided["loss"]}, [(0, {"a": 1, "b": 1})])
+    assert both.side_kind == "loss" and (both.batch(0, 4).sidecar == 0.5).all()
+    for other in (two["a"], sided["weight"]):
+        with pytest.raises(DatasetError, match="do not go together"):
+            Mixture({"a": sided["loss"], "b": other}, [(0, {"a": 1, "b": 1})])
 
 
 @pytest.mark.parametrize("packing", ["concat", "best_fit", "documents"])
@@ -182,5 +219,29 @@ def test_build_from_settings(byte_data):
     ],
 )
 def test_bad_settings_name_the_key(settings_, message):
+    with pytest.raises(DatasetError, match=message):
+        dataset.build(settings_, context=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sources": {"a": None}}, r"data\.sources\.a: None is no path"),
+        ({"sources": {"a": {"path": 3}}}, r"data\.sources\.a: 3 is no path"),
+        ({"sources": {"a": {"path": "{}", "min_tokens": "a"}}}, "min_tokens 'a': a whole number"),
+        ({"sources": {"a": {"path": "{}", "packing": []}}}, "packing .*: allowed are"),
+        ({"stages": 3}, r"data\.stages: a list"),
+        ({"stages": [{"at": 0, "weights": 3}]}, "mapping of sources"),
+        ({"stages": [{"at": float("nan"), "weights": {"a": 1}}]}, r"stages\[0\]\.at: nan is neither"),
+        ({"stages": [{"at": 1.5, "weights": {"a": 1}}]}, r"stages\[0\]\.at: 1\.5 is neither"),
+        ({"lengths": [{"at": 0, "context": "a"}]}, "context 'a' does not divide"),
+        ({"lengths": [{"at": 0, "context": 2.0}]}, r"context 2\.0 does not divide"),
+    ],
+)
+def test_settings_of_another_type_are_refused(byte_data, change, message):
+    settings_ = {"sources": {"a": str(byte_data.path)}} | change
+    for one in settings_["sources"].values():
+        if isinstance(one, dict) and one["path"] == "{}":
+            one["path"] = str(byte_data.path)
     with pytest.raises(DatasetError, match=message):
         dataset.build(settings_, context=8)

@@ -1,5 +1,7 @@
 """Best-fit, documents as rows, chosen documents: nothing lost, nothing split that fits, sidecars follow."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -145,6 +147,23 @@ def test_byte_budget_takes_whole_documents_up_to_it(byte_data):
     assert whole.dropped_tokens == 0
     small = byte_data.view(context=32, packing="best_fit", byte_budget=500)
     assert small.id != whole.id
+
+
+def test_a_byte_budget_ends_where_the_tokenizer_drops_bytes(corpus, tmp_path):
+    """Words without their spaces: all ids of the split stand for fewer bytes than the text has."""
+    words = {"<eos>": 0, "?": 1, "def": 2, "return": 3}
+    flags = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
+    spec = {
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "?"},
+        "pre_tokenizer": {"type": "Whitespace"},
+        "added_tokens": [{"id": 0, "content": "<eos>", "special": True, **flags}],
+        "version": "1.0",
+    }
+    (tmp_path / "words.json").write_text(json.dumps(spec))
+    request = Request((str(corpus),), str(tmp_path / "words.json"), heldout=0.0)
+    data = prepare(request, tmp_path / "d").dataset
+    view = data.view(context=32, packing="best_fit", byte_budget=data.splits["train"].bytes - 1)
+    assert view.dropped_tokens == 0
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import dataset
-from dataset import files, plan
+from dataset import files, plan, writer
 from dataset.files import DatasetError
 from dataset.plan import Request
 from dataset.prepare import prepare
@@ -44,6 +44,23 @@ def test_shards_are_cut_at_document_ends(byte_data):
     for shard in byte_data.splits["train"].shards:
         assert shard.tok.nbytes <= 8192 or shard.documents == 1
         assert shard.tok[-1] == byte_data.eos_id
+
+
+def test_long_documents_do_not_pile_up_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "BUFFER_IDS", 1000)
+    shards = writer.ShardWriter(tmp_path, "train-000000", "u16")
+    for _ in range(20):
+        shards.add(np.zeros(300, np.uint16), 299)
+        assert sum(map(len, shards._pending["tok"])) < 1000
+    (entry,) = shards.close()
+    assert entry["tokens"] == 6000 and (tmp_path / "train-000000-000.tok").stat().st_size == 12000
+
+
+def test_lengths_past_32_bits_are_refused_and_never_reached(tmp_path):
+    shards = writer.ShardWriter(tmp_path, "train-000000", "u16", shard_bytes=8 * 2**30)
+    with pytest.raises(DatasetError, match="4,294,967,296 ids"):
+        shards.add(np.broadcast_to(np.uint16(7), 2**32), 2**32)
+    assert shards._limit < 2**32  # of .tok alone 8 GiB would be 2^32 ids
 
 
 def test_copies_of_a_document_stay_in_one_split(tmp_path):
@@ -161,6 +178,23 @@ def test_foreign_and_unfinished_folders_are_refused(corpus, tmp_path, many_tasks
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
+def test_tasks_that_start_together_do_not_refuse_each_other(corpus, tmp_path, monkeypatch, many_tasks):
+    """Another task claims the folder and makes its own in it between any two looks of this one."""
+    request, out, real = Request((str(corpus),)), tmp_path / "out", Path.exists
+    met = []
+
+    def exists(path, **options):
+        found = real(path, **options)
+        if path.name == "plan.json" and not met:
+            met.append(path)
+            prepare(request, out, task=(1, 2))
+        return found
+
+    monkeypatch.setattr(Path, "exists", exists)
+    prepare(request, out, task=(0, 2))
+    assert met and prepare(request, out).dataset
+
+
 def test_full_disk_keeps_what_was_done(corpus, tmp_path, many_tasks, monkeypatch):
     request = Request((str(corpus),), heldout=0.1)
     real, calls = os.fsync, []
@@ -220,6 +254,13 @@ def test_a_corpus_without_documents_is_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(DatasetError, match="not one document"):
         prepare(Request((str(tmp_path / "empty.txt"),)), tmp_path / "out")
+    (tmp_path / "broken.jsonl").write_text("{")
+    with pytest.raises(
+        DatasetError, match=r"1 could not be read.*The first error: broken\.jsonl:1: not JSON"
+    ):
+        prepare(Request((str(tmp_path / "broken.jsonl"),)), tmp_path / "out")
+    (tmp_path / "good.txt").write_text("text")
+    assert prepare(Request((str(tmp_path / "good.txt"),), heldout=0.0), tmp_path / "out").dataset.id
     (tmp_path / "none").mkdir()
     with pytest.raises(DatasetError, match="no files"):
         prepare(Request((str(tmp_path / "none"),)), tmp_path / "out2")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import platform
 import shutil
 import threading
 from pathlib import Path
@@ -13,8 +15,10 @@ import numpy as np
 import pytest
 
 import dataset
-from dataset.files import DatasetError
+from dataset.files import DatasetError, digest
+from dataset.format import write_manifest
 from dataset.remote import as_url, open_remote
+from dataset.verify import verify
 
 
 @pytest.fixture
@@ -98,10 +102,14 @@ def test_a_changed_cache_is_fetched_anew(url, byte_data, tmp_path):
     data[5] ^= 1
     paths[0].write_bytes(data)
     os.truncate(paths[1], 4)
-    stale = paths[0].with_name(f"{paths[0].name}.999999999.tmp")
-    stale.write_bytes(b"half")
+    stale = paths[0].with_name(f"{paths[0].name}.{platform.node()}.999999999.tmp")
+    other = paths[0].with_name(
+        f"{paths[0].name}.{platform.node()}x.999999999.tmp"
+    )  # a machine that shares it
+    for path in (stale, other):
+        path.write_bytes(b"half")
     again = open_remote(url, cache=tmp_path / "c")
-    assert not stale.exists()
+    assert not stale.exists() and other.exists()
     for mine, theirs in zip(shards_of(again), shards_of(byte_data)):
         assert np.array_equal(mine.tok, theirs.tok)
 
@@ -128,6 +136,32 @@ def test_a_connection_that_breaks_leaves_nothing(url, tmp_path, monkeypatch):
         shard.tok  # noqa: B018
     assert not list((tmp_path / "c").rglob("shards/*"))
     assert len(shard.tok) == shard.tokens  # and the next try works
+
+
+@pytest.mark.parametrize("name", ["../../out", "/out", "a/../../out", "..", ""])
+@pytest.mark.parametrize("what", ["shard", "tokenizer"])
+def test_names_that_lead_out_of_the_cache_are_refused(byte_data, tmp_path, what, name):
+    """The manifest of a stranger's dataset is whole by its own hash; what it names is not trusted."""
+    shutil.copytree(byte_data.path, tmp_path / "far")
+    manifest = json.loads((tmp_path / "far" / "manifest.json").read_text())
+    if what == "shard":
+        manifest["splits"]["train"]["shards"][0]["name"] = name
+    else:
+        manifest["tokenizer"]["files"][name] = digest(b"owned")
+    write_manifest(tmp_path / "far", manifest)
+    for opened in (tmp_path / "far", f"file://{tmp_path / 'far'}"):
+        with pytest.raises(DatasetError, match="no name of a file"):
+            dataset.open(opened)
+
+
+def test_verify_and_the_limit_of_the_cache(byte_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("LATENT_LAB_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(byte_data.path, tmp_path / "copy", ignore=shutil.ignore_patterns("sidecars"))
+    url = f"file://{tmp_path / 'copy'}"
+    assert verify(Path(url)) == []
+    monkeypatch.setenv("LATENT_LAB_CACHE_BYTES", "64G")
+    with pytest.raises(DatasetError, match="LATENT_LAB_CACHE_BYTES='64G'"):
+        dataset.open(url)
 
 
 def test_threads_share_the_cache(url, byte_data, tmp_path):

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 import dataset
 from dataset import score as scoring
 from dataset.continuation import Recipe, continue_documents, unwanted
+from dataset.exchange import import_corpus
 from dataset.files import DatasetError
+from dataset.plan import Request
+from dataset.prepare import prepare
 from dataset.score import Reference, align, load_reference, score, score_ids, windows
 from dataset.tokenizers import make
 from dataset.train_tokenizer import train
@@ -126,6 +129,47 @@ def test_a_reference_with_another_tokenizer_gives_the_same_sums(byte_data, corpu
         assert values[stop - int(shard.len[i]) : stop].sum() == pytest.approx(total, rel=2e-3)
 
 
+def test_rows_and_mark_do_not_make_another_tokenizer(byte_data, corpus, tmp_path):
+    """A run keeps the tokenizer.json alone: what cut the data's, and its document mark, it cannot know."""
+    train((str(corpus),), 400, tmp_path / "bpe")
+    request = Request((str(corpus),), str(tmp_path / "bpe"), merges=50, eos="<|bos|>", heldout=0.0)
+    data = prepare(request, tmp_path / "data").dataset
+    run = make(str(tmp_path / "data" / "tokenizer" / "tokenizer.json"))
+    assert run.identity != data.tokenizer_identity and run.eos_id != data.eos_id
+    reference = bigram(data.vocab, run)
+    (values,) = scoring.Scorer(data, reference, 1000, "cpu").score([data.splits["train"].document(0)])
+    ids = data.splits["train"].document(0)
+    assert values[-1] == pytest.approx(-float(reference.table[int(ids[-2]), data.eos_id]), rel=1e-4)
+
+
+def test_imported_documents_without_text_or_of_cut_letters(corpus, tmp_path):
+    bpe = train((str(corpus),), 400, tmp_path / "bpe")
+    for name, ids, ends in (("a", [257, 256, 72, 256], [2, 4]), ("b", [0xC3, 256], [2])):
+        np.array(ids, "<u2").tofile(tmp_path / f"{name}.ds")
+        np.array(ends, "<u8").tofile(tmp_path / f"{name}.ds.index")
+    made = [
+        import_corpus("datatrove", [tmp_path / f"{n}.ds"], make("bytes"), tmp_path / n) for n in ("a", "b")
+    ]
+    assert score(made[0], bigram(bpe.vocab, bpe))[1] == 0
+    with pytest.raises(DatasetError, match="no UTF-8"):
+        score(made[1], bigram(bpe.vocab, bpe))
+
+
+def test_a_half_scored_split_is_not_described(byte_data):
+    reference = bigram(260, make("bytes"), seed=7)
+    name, _ = score(byte_data, reference)
+    whole = scoring.describe(byte_data, name)
+    assert "train" in whole and "heldout" not in whole
+    reference = bigram(260, make("bytes"), seed=8)
+    assert score(byte_data, reference, task=(0, 2))[1] > 0
+    name, left = score(byte_data, reference, split="heldout")
+    assert left == 0 and set(scoring.describe(byte_data, name)) == {
+        "reference",
+        "heldout",
+        "heldout bits per byte",
+    }
+
+
 def test_transformers_folder_as_reference(byte_data, corpus, tmp_path):
     transformers = pytest.importorskip("transformers")
     bpe = train((str(corpus),), 400, tmp_path / "bpe")
@@ -207,9 +251,23 @@ def test_continuations_go_on_and_refuse_other_settings(byte_data, tmp_path, monk
         dataset.open(tmp_path / "b")
     with pytest.raises(DatasetError, match="other settings"):
         continue_documents(byte_data, teacher, tmp_path / "b", Recipe(prefix=31, new=10, documents=130))
+    (tmp_path / "b" / "shards" / "train-000001-000.tok.host.999999999.tmp").write_bytes(b"half")
     assert continue_documents(byte_data, teacher, tmp_path / "b", recipe).id == wanted
+    assert not list((tmp_path / "b").rglob("*.tmp"))
     with pytest.raises(DatasetError, match="longer than --prefix"):
         continue_documents(byte_data, teacher, tmp_path / "c", Recipe(prefix=10**6))
+
+
+def test_a_teacher_needs_room_for_the_text(byte_data, tmp_path):
+    for context in (20, 19):
+        with pytest.raises(DatasetError, match="--new 20: the teacher reads"):
+            teacher = bigram(260, make("bytes"), context=context)
+            continue_documents(byte_data, teacher, tmp_path / "out", Recipe(prefix=50, new=20, documents=2))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(DatasetError, match="not empty"):
+        teacher = bigram(260, make("bytes"), context=64)
+        continue_documents(byte_data, teacher, tmp_path / "file", Recipe(prefix=50, new=20, documents=2))
 
 
 @pytest.mark.parametrize(

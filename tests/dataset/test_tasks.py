@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dataset.files import DatasetError
 from dataset.tasks import MQAR, Copy, Passkey, encode, parse, write
 from dataset.tokenizers import make
+from dataset.verify import verify
 
 
 @settings(max_examples=25, deadline=None)
@@ -78,6 +79,9 @@ def test_a_dataset_of_tasks(tmp_path) -> None:
     assert np.array_equal(batch.weights[0, : len(want)].numpy() > 0, want)
     assert float(batch.weights[0].sum()) == want.sum() + 1  # and the end of the document
     assert write(specs, make("bytes"), tmp_path / "d", samples=10, heldout=4).id == data.id
+    assert verify(tmp_path / "d") == []
+    with pytest.raises(DatasetError, match="--seed at least 0"):
+        write(["copy"], make("bytes"), tmp_path / "e", samples=10, heldout=4, seed=-1)
     with pytest.raises(DatasetError, match="not empty"):
         write(["copy"], make("bytes"), tmp_path / "d", samples=10, heldout=4)
     assert not list(tmp_path.glob("*.tmp"))

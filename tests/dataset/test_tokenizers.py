@@ -102,6 +102,44 @@ def test_saved_folder_gives_the_same_tokenizer(smollm2, trained, tmp_path):
         assert np.array_equal(again.encode("x = 12"), tokenizer.encode("x = 12"))
 
 
+def test_a_saved_tokenizer_cut_again_keeps_rows_and_mark(trained, tmp_path):
+    """Rows name the pretrained table, however often and from where a tokenizer is cut."""
+    spec = json.loads(trained.source)
+    n = trained.vocab
+    spec["model"]["vocab"] = {t: n - 1 - i for t, i in spec["model"]["vocab"].items()}
+    spec["added_tokens"] = [{**t, "id": n - 1 - t["id"]} for t in spec["added_tokens"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    make(str(tmp_path / "tokenizer.json"), merges=50, eos="<|bos|>").save(tmp_path / "a")
+    again = make(str(tmp_path / "a"), merges=10)
+    assert np.array_equal(again.rows, make(str(tmp_path / "tokenizer.json"), merges=10).rows)
+    assert again.rows[again.eos_id] == spec["model"]["vocab"]["<|bos|>"]
+    other = make(str(tmp_path / "a"), eos="<|mask|>")
+    assert other.rows[other.eos_id] == spec["model"]["vocab"]["<|mask|>"]
+
+
+NFC = {"normalizer": {"type": "NFC"}}
+SPACED = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+
+
+@pytest.mark.parametrize(("change", "before"), [(NFC, b""), ({"pre_tokenizer": SPACED}, b" ")])
+def test_byte_level_pieces_are_bytes_even_where_the_text_is_changed(trained, change, before):
+    tokenizer = Tokenizer(json.dumps({**json.loads(trained.source), **change}).encode(), trained.meta)
+    ids = tokenizer.encode("über 日本")
+    assert tokenizer.decode_bytes(ids) == before + "über 日本".encode()
+    assert tokenizer.bytes_per_token[ids].sum() == len(before) + 12
+    assert not tokenizer.exact and trained.exact
+
+
+def test_an_ordinary_added_token_stands_for_itself(trained):
+    spec = json.loads(trained.source)
+    plain = dict.fromkeys(("special", "normalized", "single_word", "lstrip", "rstrip"), False)
+    spec["added_tokens"].append({"id": trained.vocab, "content": "é«", **plain})  # letters of other bytes too
+    tokenizer = Tokenizer(json.dumps(spec).encode(), trained.meta)
+    ids = tokenizer.encode("xé«y")
+    assert trained.vocab in ids and tokenizer.decode(ids) == "xé«y"
+    assert tokenizer.bytes_per_token[ids].sum() == 6
+
+
 def test_identity_changes_with_content(trained, tmp_path):
     other = Tokenizer(trained.source, {**trained.meta, "eos_id": 1})
     rows = Tokenizer(trained.source, trained.meta, np.arange(trained.vocab))
@@ -144,6 +182,13 @@ def test_training_is_repeatable_and_refuses_bad_sizes(corpus, trained, tmp_path)
         train((str(corpus),), 100, tmp_path / "c")
     with pytest.raises(DatasetError, match="not empty"):
         train((str(corpus),), 600, tmp_path / "b")
+
+
+def test_training_takes_halves_of_surrogate_pairs_and_refuses_a_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "half \\ud800 of one"}\n{"text": "and a whole line"}\n')
+    assert train((str(tmp_path / "a.jsonl"),), 270, tmp_path / "t").decode([0]) == ""
+    with pytest.raises(DatasetError, match="a file, or a folder"):
+        train((str(tmp_path / "a.jsonl"),), 270, tmp_path / "a.jsonl")
 
 
 # ----------------------------------------------------------------------------- the fast path

@@ -142,6 +142,7 @@ def test_reader_errors_reach_the_caller(byte_data, monkeypatch):
     [
         ({"context": 10**9}, "fewer than one row"),
         ({"context": 0}, "at least 1"),
+        ({"context": 8.0}, "whole number"),
         ({"context": 8, "packing": "tight"}, "allowed are"),
         ({"context": 8, "split": "test"}, "no split"),
     ],
