@@ -116,4 +116,5 @@ def test_adapter_of_fla_keeps_documents_and_states(op: str, T: int, layout: str,
 
     monkeypatch.setitem(OPS, op, adapted)
     assert_close(results(call), want, 1e-4)
-    assert called and called[0].startswith("fused_recurrent" if T == 1 else "chunk")
+    recurrent = T == 1 and op not in ("gated_delta", "kda")  # whose recurrent kernels have no gradient
+    assert called and called[0].startswith("fused_recurrent" if recurrent else "chunk")

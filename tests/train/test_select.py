@@ -60,12 +60,12 @@ def test_selection_resumes_bit_equal_and_reports_all_tokens(request_of, side, mo
 
 
 def test_a_selection_that_would_drop_nothing_is_refused(request_of, side) -> None:
-    """Of 2 rows, 0.6 are 2; and the blocks of a mask head have no reference."""
+    """Of 2 rows, 0.6 are 2; and the token after the next one has no reference."""
     with pytest.raises(ConfigError, match=r"which is all 2; set run\.micro to at least 3"):
         Fit(request_of("rows", f"select.rho={{ref: {side}, keep: 0.6, unit: row}}"))
-    drafts = "heads={recon: {shift: 0}, next: {kind: mask, attn: {head_dim: 16}}}"
+    others = "heads={recon: {shift: 0}, second: {shift: 2}}"
     with pytest.raises(ConfigError, match="no single or parallel head here does"):
-        Fit(request_of("blocks", f"select.rho={{ref: {side}}}", drafts))
+        Fit(request_of("blocks", f"select.rho={{ref: {side}}}", others))
 
 
 def test_the_largest_excess_is_kept_and_padding_never() -> None:
