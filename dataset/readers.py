@@ -13,6 +13,7 @@ import json
 import lzma
 import os
 import tempfile
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -167,6 +168,8 @@ def _lines(stream: BinaryIO, field: str) -> Iterator[Document | Damage]:
     number = 0
     try:
         for number, line in enumerate(stream, 1):
+            if number == 1:
+                line = line.removeprefix(BOM_UTF8)  # JSON has none, but editors on Windows put one there
             if line.strip():
                 yield _line(line, number, field)
     except Exception as error:  # a cut or damaged archive: what came before it is kept

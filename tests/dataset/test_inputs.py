@@ -190,6 +190,11 @@ def test_an_archive_of_no_bytes_is_damage(tmp_path, ending):
     assert [type(d) for d in documents(tmp_path / "b.jsonl.zst")] == [Document, Damage]
 
 
+def test_a_byte_order_mark_costs_no_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "one"}\n{"text": "two"}\n')
+    assert [d.text for d in documents(tmp_path / "a.jsonl")] == ["one", "two"]
+
+
 def test_missing_column_names_the_columns(tmp_path):
     for name in ("a.parquet", "b.arrow"):
         (tmp_path / name).write_bytes(FILES[name]())
