@@ -221,6 +221,7 @@ def add_models(commands) -> None:
     p.add_argument("--context", type=int, default=1024, metavar="N", help="window of the model (1024)")
     p.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="ids a forward pass (8192)")
     p.add_argument("--task", type=task_number, default=(0, 1), metavar="I/N", help="only shards I, I+N, ...")
+    p.add_argument("--as", dest="alias", metavar="NAME", help="a name for the sidecar, besides its hash")
     p.set_defaults(run=run_score)
     p = commands.add_parser(
         "continue",
@@ -249,6 +250,7 @@ def add_model_options(p) -> None:
 def run_score(args: argparse.Namespace) -> int:
     from dataset.format import open_dataset
     from dataset.score import describe, load_reference, score
+    from dataset.sidecar import give_alias
 
     data = open_dataset(args.path)
     if args.context < 2 or args.batch_tokens < 1:
@@ -268,6 +270,8 @@ def run_score(args: argparse.Namespace) -> int:
     if left:
         print(f"sidecar {name}: {left} shards are left to other tasks")
         return 0
+    if args.alias:
+        name = give_alias(data, name, args.alias)
     print_table(f"sidecar {name}", list(describe(data, name).items()))
     print(f"use it with: sidecar: {name}")
     return 0

@@ -9,6 +9,8 @@ which is never predicted. kind "weight": multiplied into `batch.weights`.
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,20 @@ class Sidecar:
         return self._maps[shard.name]
 
 
+def give_alias(dataset: Dataset, name: str, alias: str) -> str:
+    """Let a finished sidecar be called by another name as well. Raises DatasetError when that is taken."""
+    folder = dataset.path / "sidecars"
+    if not re.fullmatch(r"\w[\w.-]*", alias):
+        raise DatasetError(f"--as {alias!r}: want letters, digits, '_', '.' and '-'")
+    there = folder / alias
+    if there.is_symlink() and os.readlink(there) == name:
+        return alias
+    if there.is_symlink() or there.exists():
+        raise DatasetError(f"{there}: is another sidecar's name. Choose another --as, or delete that link")
+    there.symlink_to(name)
+    return alias
+
+
 class SidecarWriter:
     """Writes a sidecar shard by shard; a restart finds what is done. `finish` makes it openable."""
 
@@ -120,7 +136,8 @@ class SidecarWriter:
 def sidecar_faults(dataset: Dataset) -> list[str]:
     """One sentence for every damaged or missing file of the dataset's finished sidecars."""
     faults = []
-    for record in sorted((dataset.path / "sidecars").glob("*/sidecar.json")):
+    records = (dataset.path / "sidecars").glob("*/sidecar.json")
+    for record in sorted(r for r in records if not r.parent.is_symlink()):  # links are other names
         for name, hashes in read_json(record)["shards"].items():
             path = record.parent / f"{name}.wgt"
             try:

@@ -100,11 +100,10 @@ def act(args: argparse.Namespace, sweep: Sweep) -> int:
         count = summary.merge(sweep, args.files)
         print(f"{summary.file_of(sweep)}: {count} runs taken in")
         return 0
-    from experiments.run import Options, ensure_data, plan_table, run_sweep
+    from experiments.run import Options, plan_table, prepare, run_sweep
 
     if args.command == "prepare":
-        for name in sweep.spec.data:
-            data = ensure_data(sweep, name)
+        for name, data in prepare(sweep, sweep.spec.data).items():
             print(f"{name}: {data.path}: {data.manifest['id']}")
         return 0
     options = Options(args.only, args.part, args.out)

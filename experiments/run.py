@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -53,10 +53,13 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> None:
     summary.refuse_changed(sweep)
     todo = chosen(sweep, options)
     root = (options.out or ROOT / RUNS / sweep.name).resolve()
-    for i, run in enumerate(todo):
-        found = next((x for x in summary.read(summary.file_of(sweep)) if is_of(x, run, sweep)), None)
+    have = summary.read(summary.file_of(sweep))
+    done = [any(is_of(line, run, sweep) for line in have) for run in todo]
+    if not all(done):
+        prepare(sweep, [run.data for run, is_done in zip(todo, done) if not is_done])
+    for i, (run, is_done) in enumerate(zip(todo, done)):
         head = f"[{i + 1}/{len(todo)}] {run.label}"
-        if found is not None:
+        if is_done:
             console.print(f"{head}: done", highlight=False, markup=False)
             continue
         console.print(head, highlight=False, markup=False)
@@ -90,7 +93,7 @@ def is_of(line: summary.Line, run: Run, sweep: Sweep) -> bool:
 
 def one(sweep: Sweep, run: Run, root: Path) -> None:
     """Train (or resume), evaluate, and write the summary."""
-    data = ensure_data(sweep, run.data)
+    data = dataset.open(data_path(sweep.spec.data[run.data].path))
     case = case_line(sweep, run, data, root)
     summary.put(sweep, case)
     folder = root / sweep.key(run)
@@ -128,13 +131,21 @@ def sized(run: Run, tokens: int) -> Config:
     return replace(run.config, run=replace(run.config.run, seed=run.seed, tokens=tokens))
 
 
-def ensure_data(sweep: Sweep, name: str) -> Dataset:
-    """The dataset of that name, made if it is not there. Raises DatasetError."""
-    spec = sweep.spec.data[name]
-    path = data_path(spec.path)
-    if not (path / "manifest.json").is_file() and spec.make:
-        command("-m", "dataset", *spec.make, "--out", path)
-    return dataset.open(path)
+def prepare(sweep: Sweep, names: Collection[str]) -> dict[str, Dataset]:
+    """The datasets of those names, made if they are not there, and whatever else comes before the runs.
+
+    Raises DatasetError, and SystemExit with the exit code of a command that fails.
+    """
+    found = {}
+    for name, spec in sweep.spec.data.items():
+        path = data_path(spec.path)
+        if name in names:
+            if not (path / "manifest.json").is_file() and spec.make:
+                command("-m", "dataset", *spec.make, "--out", path)
+            found[name] = dataset.open(path)
+    for words in sweep.spec.before:
+        command(*words)
+    return found
 
 
 def data_path(path: str) -> Path:
@@ -227,7 +238,9 @@ def run_line(sweep: Sweep, run: Run, folder: Path) -> summary.Line:
     spec = sweep.spec
     if rundir.status_of(folder)["status"] != "complete":
         raise UserError(f"{folder}: {run.label} is not complete; run the same command again")
-    found = evaluate(folder, None, spec.eval_tokens, spec.data[run.data].tasks, spec.samples)
+    data = spec.data[run.data]
+    heldout = None if data.heldout is None else data_path(data.heldout)
+    found = evaluate(folder, heldout, spec.eval_tokens, data.tasks, spec.samples)
     lm = model.load(folder)
     metrics = summary.metrics_of(found, lm.output_head)
     if spec.prefill:
@@ -288,12 +301,22 @@ def plan_table(sweep: Sweep, options: Options) -> Table:
     return table
 
 
+def expected_vocab(make: Sequence[str]) -> int | None:
+    """Ids of a dataset that is not there yet; None: a pretrained tokenizer's."""
+    if make and make[0] == "continue":
+        try:
+            return dataset.open(data_path(make[1])).vocab
+        except DatasetError:
+            return None
+    return 260 if "smollm2" not in " ".join(make) else None
+
+
 def shape_cells(sweep: Sweep, run: Run) -> list[str]:
     path = data_path(sweep.spec.data[run.data].path)
     try:
         vocab: int | None = dataset.open(path).vocab
     except DatasetError:
-        vocab = 260 if "smollm2" not in " ".join(sweep.spec.data[run.data].make) else None
+        vocab = expected_vocab(sweep.spec.data[run.data].make)
     shape = describe(run.config, vocab=vocab, context=run.config.run.context)
     flops, budget = shape.total("training"), sweep.spec.budget
     tokens = run.share * (budget.tokens or (budget.flops / flops if budget.flops else 0))

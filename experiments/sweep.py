@@ -11,6 +11,7 @@
       mamba2: {arch: other.yaml, about: "words for the report"}
     grid: {optim.lr: [1e-3, 3e-3]}     # times every case
     base: gla                          # others are paired against it (with a grid: at the same values)
+    before: [[-m, dataset, score, ...]]  # `python WORDS`, first; each leaves alone what it finds done
     seeds: 3
     budget: {tokens: 1e6}              # or {bytes: 4e6}, {flops: 1e13}, {seconds: 60}, {cpu_seconds: 60}
 
@@ -40,11 +41,13 @@ SECTIONS = ("run", "optim", "schedule", "outer", "grow", "loss", "select", "acti
 @dataclass(frozen=True)
 class DataSpec:
     """make: words after `python -m dataset` that make the folder (`--out` is added).
-    tasks: questions asked of the models trained on it (`train.taskeval`)."""
+    tasks: questions asked of the models trained on it (`train.taskeval`).
+    heldout: folder of another dataset, whose held-out text they are scored on."""
 
     path: str
     make: list[str] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
+    heldout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ class BudgetSpec:
 @dataclass(frozen=True)
 class SweepSpec:
     """The file. measure: what the plots show, `bits_per_byte` or the name of a task.
-    samples: per task and difficulty.  prefill: tokens of a timed prefill, 0: none."""
+    samples: per task and difficulty.  prefill: tokens of a timed prefill, 0: none.
+    before: words after `python` of commands that make what the cases need, run in the project's folder
+    when the datasets are there; each leaves alone what it finds done."""
 
     question: str
     arch: str
@@ -92,6 +97,7 @@ class SweepSpec:
     samples: int = 50
     eval_tokens: int = 16384
     prefill: int = 0
+    before: list[list[str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -150,19 +156,22 @@ class Sweep:
         """What makes a run what it is, besides the seed."""
         data, budget = self.spec.data[run.data], self.spec.budget
         whole = {k: v for k, v in vars(budget).items() if v is not None}
-        return {
+        found = {
             "config": run.written,
             "data": {"path": data.path, "make": data.make},
             "budget": whole if run.share == 1 else {**whole, "share": run.share},
             "after": self.identity(run.after) if run.after else None,
         }
+        return {**found, "before": self.spec.before} if self.spec.before else found
 
     def measured(self, run: Run) -> dict[str, Any]:
         """How a finished run is measured; another measure of the same run is no longer comparable."""
         spec = self.spec
-        found = {"eval_tokens": spec.eval_tokens, "prefill": spec.prefill}
-        tasks = spec.data[run.data].tasks
-        return {**found, "tasks": tasks, "samples": spec.samples} if tasks else found
+        found: dict[str, Any] = {"eval_tokens": spec.eval_tokens, "prefill": spec.prefill}
+        data = spec.data[run.data]
+        if data.tasks:
+            found |= {"tasks": data.tasks, "samples": spec.samples}
+        return {**found, "heldout": data.heldout} if data.heldout else found
 
     def key(self, run: Run) -> str:
         """The name of the run's folder."""

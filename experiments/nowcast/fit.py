@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from dataset.files import DatasetError
+from dataset.files import DatasetError, write_bytes
 from train import checkpoint
 from train.errors import EXIT_USER, UserError
 from train.nowcast import NowcastNet, features
@@ -90,13 +90,16 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args(argv)
+    if args.out.exists():
+        print(f"{args.out}: is there already, and left as it is")
+        return 0
     try:
         paths = [path for run in args.runs for path in paths_of(run, args.every)]
         net = fit(paths, args.history, args.ahead, args.steps, args.seed)
     except (UserError, DatasetError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
-    save_file(net.state_dict(), args.out)
+    write_bytes(args.out, save(net.state_dict()))
     print(f"{args.out}: fitted on {len(paths)} tensors; use it with --set nowcast.net={args.out}")
     return 0
 

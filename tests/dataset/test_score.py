@@ -16,6 +16,7 @@ from dataset.files import DatasetError
 from dataset.plan import Request
 from dataset.prepare import prepare
 from dataset.score import Reference, align, load_reference, score, score_ids, windows
+from dataset.sidecar import Sidecar, SidecarWriter, give_alias, sidecar_faults
 from dataset.tokenizers import make
 from dataset.train_tokenizer import train
 
@@ -153,6 +154,24 @@ def test_imported_documents_without_text_or_of_cut_letters(corpus, tmp_path):
     assert score(made[0], bigram(bpe.vocab, bpe))[1] == 0
     with pytest.raises(DatasetError, match="no UTF-8"):
         score(made[1], bigram(bpe.vocab, bpe))
+
+
+def test_a_sidecar_has_a_name_besides_its_hash(byte_data):
+    """--as: given again it is the same; a name that another has is refused."""
+    writers = [SidecarWriter(byte_data, {"by": n}) for n in range(2)]
+    for w in writers:
+        for split in byte_data.splits.values():
+            for shard in split.shards:
+                w.write(shard, np.ones(shard.tokens))
+            w.finish(split.shards)
+    assert give_alias(byte_data, writers[0].name, "mine") == give_alias(byte_data, writers[0].name, "mine")
+    assert Sidecar(byte_data, "mine").id == Sidecar(byte_data, writers[0].name).id
+    for name in ("mine", writers[0].name):
+        with pytest.raises(DatasetError, match="is another sidecar's name"):
+            give_alias(byte_data, writers[1].name, name)
+    with pytest.raises(DatasetError, match="want letters"):
+        give_alias(byte_data, writers[1].name, "../x")
+    assert not sidecar_faults(byte_data)
 
 
 def test_a_half_scored_split_is_not_described(byte_data):

@@ -125,6 +125,11 @@ RULES = (
         ("--split", "heldout"),
         (REFERENCE,),
     ),
+    Rule(
+        r"--run runs/chosen",
+        "parsed",
+        "needs losses on all of the text; tests/train/test_select.py trains by some",
+    ),
     Rule(r"-m dataset continue", "run", "500 documents", ("--documents", "2", "--new", "8"), (PREPARE,)),
     Rule(r"--run runs/taught", "run", "a whole run", SMALL, (TAUGHT,)),
     Rule(r"nowcast\.fit", "run", "2,000 steps", ("--every", "1", "--steps", "2"), (PAST,)),

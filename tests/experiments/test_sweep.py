@@ -317,6 +317,24 @@ def test_a_sweep_is_run_resumed_and_measured(sweep, capsys) -> None:
 
 
 @pytest.mark.slow
+def test_a_sweep_makes_what_its_runs_need_and_scores_them_elsewhere(sweep, capfd) -> None:
+    """before: once a call that has runs left; heldout: another dataset's text, told apart from its own."""
+    write_task(["copy:lengths=4"], make("bytes"), sweep.parent / "other", 40, 20)
+    text = sweep.read_text().replace(
+        "cases:", f"before: [[-c, \"open('{sweep.parent}/made', 'a').write('x')\"]]\ncases:"
+    )
+    sweep.write_text(text.replace("seeds: 2", "seeds: 1"))
+    words = ["run", str(sweep), "--only", "narrow context=32", "--out", str(sweep.parent / "runs")]
+    assert main(words) == main(words) == 0 and (sweep.parent / "made").read_text() == "x"
+    own = summary.read(sweep.parent / "summaries.jsonl")[1]["metrics"]
+    sweep.write_text(sweep.read_text().replace("tasks:", f"heldout: {sweep.parent / 'other'}, tasks:"))
+    assert main(words) == 2 and "measured.heldout" in capfd.readouterr().err
+    assert main(["forget", str(sweep)]) == main(words) == 0
+    other = summary.read(sweep.parent / "summaries.jsonl")[1]["metrics"]
+    assert other["bits_per_byte"] != own["bits_per_byte"] and other["mqar"] == own["mqar"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("clock", ["seconds", "cpu_seconds"])
 def test_a_sweep_with_a_budget_of_time_finds_its_length(sweep, clock, capsys) -> None:
     """sweep: eight steps show the speed, also where the study's own warm-up is longer than they are."""
