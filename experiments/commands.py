@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.errors import EXIT_TERMINATED
+from train.errors import EXIT_INTERRUPTED, EXIT_TERMINATED
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path("data/pystdlib")
@@ -22,8 +22,7 @@ PREPARE = (
 def run(*words: str | Path) -> None:
     """`python WORDS...` in the project's folder, echoed. Raises SystemExit with the command's exit code.
 
-    A signal that is to end us is left to the command, which saves first; then raises KeyboardInterrupt or
-    SystemExit(143).
+    A signal that is to end us is left to the command, which saves first; then raises SystemExit(130 or 143).
     """
     line = [str(w) for w in words]
     print(f"\n$ python {shlex.join(line)}", flush=True)
@@ -41,10 +40,11 @@ def run(*words: str | Path) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if signal.SIGINT in caught:
-        raise KeyboardInterrupt
-    if caught or code:
-        raise SystemExit(EXIT_TERMINATED if caught else code)
+    if caught:
+        print("stopped; the same command goes on", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED if signal.SIGINT in caught else EXIT_TERMINATED)
+    if code:
+        raise SystemExit(code)
 
 
 def ensure_data() -> Path:

@@ -31,7 +31,7 @@ from model.describe import describe
 from model.lm import LanguageModel
 from model.schema import Config
 from train import rundir
-from train.errors import EXIT_DIVERGED, EXIT_TERMINATED, UserError
+from train.errors import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_TERMINATED, UserError
 from train.evaluate import evaluate
 from train.world import autocast
 
@@ -115,7 +115,7 @@ def one(sweep: Sweep, run: Run, root: Path) -> None:
         if stop.code == EXIT_DIVERGED:  # an answer too: the other cases go on
             summary.put(sweep, diverged(sweep, run, folder))
             return
-        if stop.code == EXIT_TERMINATED:  # it has saved
+        if stop.code in (EXIT_INTERRUPTED, EXIT_TERMINATED):  # it has saved
             raise
         raise UserError(f"{run.label}: training ended with exit code {stop.code}; see above") from None
     summary.put(sweep, run_line(sweep, run, folder))

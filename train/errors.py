@@ -12,6 +12,7 @@ from pathlib import Path
 
 EXIT_USER = 2
 EXIT_DIVERGED = 3
+EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
 
