@@ -31,6 +31,15 @@ ENV = {**os.environ, "ANSIBLE_CONFIG": str(BOOKS / "ansible.cfg"), "NO_COLOR": "
 needs_ansible = pytest.mark.skipif(not ANSIBLE.exists(), reason="needs the extra [cluster]")
 
 
+def play_here(inventory: Path, name: str, *words: str) -> tuple[int, str]:
+    """A playbook without ssh: this machine is every node. Exit code, and what it said."""
+    command = [str(ANSIBLE), "-i", str(inventory), "-e", "ansible_connection=local"]
+    command += [str(BOOKS / f"{name}.yml"), *words]
+    env = ENV | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=600)
+    return done.returncode, done.stdout + done.stderr
+
+
 def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None

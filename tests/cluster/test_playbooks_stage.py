@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.cluster.demo import settings
-from tests.cluster.test_playbooks import ANSIBLE, BOOKS, ENV, ROOT, needs_ansible
+from tests.cluster.test_playbooks import BOOKS, ROOT, needs_ansible, play_here
 
 # Server: a port that is open; worker: sleep; anything else (`model show`): the lab.
 PROGRAM = """\
@@ -51,11 +51,7 @@ class Here:
         self.inventory.write_text(yaml.safe_dump({"all": {"vars": common, "children": groups}}))
 
     def play(self, name: str, *words: str) -> tuple[int, str]:
-        command = [str(ANSIBLE), "-i", str(self.inventory), "-e", "ansible_connection=local"]
-        command += [str(BOOKS / f"{name}.yml"), *words]
-        env = ENV | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=600)
-        return done.returncode, done.stdout + done.stderr
+        return play_here(self.inventory, name, *words)
 
     def stages(self) -> set[str]:
         """Of the server, and of the commands that are written down."""

@@ -15,7 +15,7 @@ import yaml
 
 from experiments.__main__ import main as experiments
 from tests.cluster.demo import settings
-from tests.cluster.test_playbooks import ANSIBLE, BOOKS, ENV, ROOT, needs_ansible
+from tests.cluster.test_playbooks import BOOKS, ROOT, needs_ansible, play_here
 
 SWEEP = """
 question: Does the width matter?
@@ -69,11 +69,7 @@ class Two:
         self.inventory.write_text(yaml.safe_dump({"all": {"vars": common, "children": groups}}))
 
     def play(self, name: str, *words: str) -> tuple[int, str]:
-        command = [str(ANSIBLE), "-i", str(self.inventory), "-e", "ansible_connection=local"]
-        command += ["-e", f"into={self.into}", str(BOOKS / f"{name}.yml"), *words]
-        env = ENV | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=600)
-        return done.returncode, done.stdout + done.stderr
+        return play_here(self.inventory, name, "-e", f"into={self.into}", *words)
 
     def sweep(self, *words: str) -> tuple[int, str]:
         return self.play("sweep", "-e", "sweep=experiments/tiny", *words)
